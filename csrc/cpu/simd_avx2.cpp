@@ -1,0 +1,167 @@
+// AVX2. The pragma comes after the standard headers, so that no code shared with other files gets these instructions.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "isa.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")
+#endif
+
+namespace sparse_ce::cpu {
+namespace with_avx2 {
+
+template <class Key> struct Vector;
+
+struct Vector256 {
+  using Register = __m256i;
+  static Register load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store(void* p, Register a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+  static Register both(Register a, Register b) { return _mm256_and_si256(a, b); }
+  static Register flip(Register a) { return _mm256_xor_si256(a, _mm256_set1_epi32(-1)); }
+  static int first(uint32_t mask) { return __builtin_ctz(mask); }
+  static int count(uint32_t mask) { return __builtin_popcount(mask); }
+};
+
+template <> struct Vector<int16_t> : Vector256 {
+  static constexpr int lanes = 16;
+  static constexpr bool compresses = false;
+  static Register broadcast(int16_t a) { return _mm256_set1_epi16(a); }
+  static Register max(Register a, Register b) { return _mm256_max_epi16(a, b); }
+  static Register min(Register a, Register b) { return _mm256_min_epi16(a, b); }
+  static uint32_t reaches(Register a, Register b) {
+    // one byte per lane: narrow the 16-bit masks, undo the interleaving of the two halves, take the sign bits
+    const __m256i below = _mm256_cmpgt_epi16(b, a);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(below, below), 0x08);
+    return ~static_cast<uint32_t>(_mm_movemask_epi8(_mm256_castsi256_si128(bytes))) & 0xffff;
+  }
+  static Register ordered(Register bits) {
+    return _mm256_xor_si256(bits, _mm256_srli_epi16(_mm256_srai_epi16(bits, 15), 1));
+  }
+  static int16_t highest_lane(Register a) {
+    __m128i b = _mm_max_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    b = _mm_max_epi16(b, _mm_srli_si128(b, 8));
+    b = _mm_max_epi16(b, _mm_srli_si128(b, 4));
+    b = _mm_max_epi16(b, _mm_srli_si128(b, 2));
+    return static_cast<int16_t>(_mm_extract_epi16(b, 0));
+  }
+  static int16_t lowest_lane(Register a) { return static_cast<int16_t>(~highest_lane(flip(a))); }
+};
+template <> struct Vector<int32_t> : Vector256 {
+  static constexpr int lanes = 8;
+  static constexpr bool compresses = false;
+  static Register add(Register a, Register b) { return _mm256_add_epi32(a, b); }
+  static Register count_greater(Register n, Register a, Register b) {
+    return _mm256_sub_epi32(n, _mm256_cmpgt_epi32(a, b));
+  }
+  static Register broadcast(int32_t a) { return _mm256_set1_epi32(a); }
+  static Register max(Register a, Register b) { return _mm256_max_epi32(a, b); }
+  static Register min(Register a, Register b) { return _mm256_min_epi32(a, b); }
+  static uint32_t reaches(Register a, Register b) {
+    return ~static_cast<uint32_t>(
+               _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)))) &
+           0xff;
+  }
+  static Register ordered(Register bits) {
+    return _mm256_xor_si256(bits, _mm256_srli_epi32(_mm256_srai_epi32(bits, 31), 1));
+  }
+  static int32_t highest_lane(Register a) {
+    __m128i b = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    b = _mm_max_epi32(b, _mm_srli_si128(b, 8));
+    b = _mm_max_epi32(b, _mm_srli_si128(b, 4));
+    return _mm_cvtsi128_si32(b);
+  }
+  static int32_t lowest_lane(Register a) { return ~highest_lane(flip(a)); }
+};
+template <> struct Vector<int64_t> : Vector256 {
+  static constexpr int lanes = 4;
+  static constexpr bool compresses = false;
+  static Register add(Register a, Register b) { return _mm256_add_epi64(a, b); }
+  static Register count_greater(Register n, Register a, Register b) {
+    return _mm256_sub_epi64(n, _mm256_cmpgt_epi64(a, b));
+  }
+  static Register broadcast(int64_t a) { return _mm256_set1_epi64x(a); }
+  static Register max(Register a, Register b) {
+    return _mm256_blendv_epi8(b, a, _mm256_cmpgt_epi64(a, b));
+  }
+  static Register min(Register a, Register b) {
+    return _mm256_blendv_epi8(a, b, _mm256_cmpgt_epi64(a, b));
+  }
+  static uint32_t reaches(Register a, Register b) {
+    return ~static_cast<uint32_t>(
+               _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(b, a)))) &
+           0xf;
+  }
+  static Register ordered(Register bits) {
+    const __m256i negative = _mm256_cmpgt_epi64(_mm256_setzero_si256(), bits);
+    return _mm256_xor_si256(bits, _mm256_srli_epi64(negative, 1));
+  }
+  static int64_t highest_lane(Register a) {
+    alignas(32) int64_t lane[4];
+    store(lane, a);
+    return std::max(std::max(lane[0], lane[1]), std::max(lane[2], lane[3]));
+  }
+  static int64_t lowest_lane(Register a) { return ~highest_lane(flip(a)); }
+};
+
+// what all share
+#include "formats.inl"
+
+#include "cosine_rows.inl"
+#include "plif_rows.inl"
+#include "sparse_linear_rows.inl"
+#include "threshold_ce_rows.inl"
+#include "topk_ce_rows.inl"
+
+}  // namespace with_avx2
+
+static bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("fma");
+}
+extern const Isa avx2 = {"avx2",
+                         has_avx2,
+                         with_avx2::forward,
+                         with_avx2::backward,
+                         with_avx2::threshold_forward,
+                         with_avx2::threshold_backward,
+                         with_avx2::plif_forward,
+                         with_avx2::plif_backward,
+                         with_avx2::plif_ce_forward,
+                         with_avx2::plif_ce_backward,
+                         with_avx2::weighted_rows,
+                         with_avx2::cosine_forward,
+                         with_avx2::cosine_backward};
+
+}  // namespace sparse_ce::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+namespace sparse_ce::cpu {
+extern const Isa avx2 = {"avx2",  [] { return false; },
+                         nullptr, nullptr,
+                         nullptr, nullptr,
+                         nullptr, nullptr,
+                         nullptr, nullptr,
+                         nullptr, nullptr,
+                         nullptr};
+}  // namespace sparse_ce::cpu
+#endif

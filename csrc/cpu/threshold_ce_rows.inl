@@ -1,0 +1,298 @@
+// The kernels of threshold_ce, included by each simd_*.cpp: the softmax over all classes, or over those that a cut keeps. Forward
+// looks at a row twice, for its maximum and for the exponentials; a cut that depends on the softmax itself takes a third look.
+// After the first the row comes from the cache. Rows go through in blocks, whose numbers stay in the first cache between simple
+// loops that the compiler vectorises.
+#pragma once
+
+constexpr int64_t kBlock = 512;
+
+// Of a block of `count` classes the power of two that loops run over: a short row is not worth a whole block.
+inline int64_t width_of(int64_t count) {
+  int64_t width = kBlock;
+  while (width > 32 && width / 2 >= count) width /= 2;
+  return width;
+}
+
+// The row's maximum as a key, NaN above all.
+template <Dtype D, class Key> Key largest_key(const Key* x, int64_t classes) {
+  using V = Vector<Key>;
+  constexpr Key kLargest = std::numeric_limits<Key>::max();
+  const auto magnitude = V::broadcast(kLargest);
+  const Key minus_infinity =
+      static_cast<Key>(Format<D>::infinity | std::numeric_limits<Key>::min());
+  auto top = V::broadcast(std::numeric_limits<Key>::min()), largest = V::broadcast(0);
+  int64_t i = 0;
+  for (; i + V::lanes <= classes; i += V::lanes) {
+    const auto bits = V::load(x + i);
+    largest = V::max(largest, V::both(bits, magnitude));
+    top = V::max(top, V::ordered(bits));
+  }
+  const auto bits = load_first<Key>(x + i, classes - i, minus_infinity);
+  largest = V::max(largest, V::both(bits, magnitude));
+  top = V::max(top, V::ordered(bits));
+  const bool has_nan =
+      V::reaches(largest, V::broadcast(static_cast<Key>(Format<D>::infinity + 1))) != 0;
+  return has_nan ? kLargest : canonical(V::highest_lane(top));
+}
+
+template <Dtype D, class Key> typename Format<D>::Statistic value_of_key(Key key) {
+  if (key > Format<D>::infinity)
+    return std::numeric_limits<typename Format<D>::Statistic>::quiet_NaN();
+  return Format<D>::value(ordered(key));
+}
+
+// The place of the k-th largest class in the order (value desc, index asc): its key and its index. `keys` is scratch.
+template <Dtype D, class Key> std::pair<Key, int64_t> kth_class(const Key* x, int64_t classes,
+                                                                int64_t k, std::vector<Key>& keys) {
+  using V = Vector<Key>;
+  constexpr Key kLowest = std::numeric_limits<Key>::min(),
+                kLargest = std::numeric_limits<Key>::max();
+  const int64_t whole = (classes + V::lanes - 1) / V::lanes * V::lanes;
+  keys.resize(whole);
+  for (int64_t i = 0; i < classes; ++i) {
+    const Key key = canonical(ordered(x[i]));
+    keys[i] = (x[i] & kLargest) > Format<D>::infinity ? kLargest : key;
+  }
+  std::fill(keys.begin() + classes, keys.end(), kLowest);
+  const auto reaching = [&](Key key) {
+    const auto bound = V::broadcast(key);
+    int64_t n = 0;
+    for (int64_t i = 0; i < whole; i += V::lanes)
+      n += V::count(V::reaches(V::load(keys.data() + i), bound));
+    return n;
+  };
+  Key low = kLowest, high = kLargest;
+  while (low < high) {
+    // the upper middle, without overflow
+    const Key middle = static_cast<Key>((low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1));
+    if (reaching(middle) >= k)
+      low = middle;
+    else
+      high = static_cast<Key>(middle - 1);
+  }
+  int64_t missing = low == kLargest ? k : k - reaching(static_cast<Key>(low + 1));
+  for (int64_t i = 0;; ++i) {
+    missing -= keys[i] == low;
+    if (missing == 0) return {low, i};
+  }
+}
+
+// Of a block of classes: 1 for those that are kept, 0 for the others. Returns how many are.
+template <class T> int64_t mark_kept(const T* z, int64_t first, int64_t count, T cut,
+                                     int64_t cut_index, int32_t* kept) {
+  const int64_t last = cut_index - first;  // of those at the cut
+  int32_t marked = 0;
+  if (std::isnan(cut)) {
+    for (int64_t i = 0; i < count; ++i) marked += kept[i] = z[i] != z[i] && i <= last;
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t above = !(z[i] <= cut), at = z[i] == cut;  // a NaN is above
+      marked += kept[i] = above | (at & static_cast<int32_t>(i <= last));
+    }
+  }
+  return marked;
+}
+
+// The same for those whose distance from the maximum is not below `bound`. `least` becomes the least of them.
+template <class T>
+int64_t mark_near(const T* z, int64_t count, T row_max, T bound, int32_t* kept, T& least) {
+  int32_t marked = 0;
+  for (int64_t i = 0; i < count; ++i) marked += kept[i] = z[i] - row_max >= bound;
+  if (marked != 0)
+    for (int64_t i = 0; i < count; ++i) least = kept[i] && z[i] < least ? z[i] : least;
+  return marked;
+}
+
+// Of exponentials relative to the maximum, and with weights where labels are smoothed.
+struct Sums {
+  double exponentials = 0, spread = 0, weights = 0;
+  int64_t kept = 0;
+};
+
+// One look at the row. `mark` is given a block, whose logits it may map, and says how many of its classes are kept, and which.
+template <Dtype D, class Mark> Sums sums_of(const typename Format<D>::Key* x, int64_t classes,
+                                            typename Format<D>::Statistic row_max,
+                                            const typename Format<D>::Statistic* weight,
+                                            bool smoothed, Mark mark) {
+  using F = Format<D>;
+  using T = typename F::Statistic;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  T z[kBlock], e[kBlock];
+  int32_t kept[kBlock];
+  Sums sums;
+  for (int64_t first = 0; first < classes; first += kBlock) {
+    const int64_t count = std::min(kBlock, classes - first);
+    for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
+    const int64_t marked = mark(z, first, count, kept);
+    sums.kept += marked;
+    if (marked == 0) continue;
+    for (int64_t i = 0; i < count; ++i) z[i] -= row_max;
+    if (smoothed)
+      for (int64_t i = 0; i < count; ++i) {
+        if (marked < count && !kept[i]) continue;
+        const double w = weight ? weight[first + i] : T{1};
+        sums.weights += w;
+        sums.spread -= w * z[i];
+      }
+    if (marked < count)
+      for (int64_t i = 0; i < count; ++i) z[i] = kept[i] ? z[i] : -kInfinity;
+    const int64_t width = width_of(count);
+    for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
+    for (int64_t i = 0; i < width; ++i) e[i] = exp_nonpositive(z[i]);
+    // halves, so that every sum is of few numbers
+    for (int64_t half = width / 2; half > 16; half /= 2)
+      for (int64_t i = 0; i < half; ++i) e[i] += e[i + half];
+    T block = 0;
+    for (int64_t i = 0; i < 32; ++i) block += e[i];
+    sums.exponentials += block;
+  }
+  return sums;
+}
+
+template <Dtype D>
+void threshold_forward_rows(const ThresholdForward& a, int64_t begin, int64_t end) {
+  using F = Format<D>;
+  using Key = typename F::Key;
+  using T = typename F::Statistic;
+  const int64_t classes = a.logits.classes;
+  const T* weight = static_cast<const T*>(a.weight);
+  const bool smoothed = a.label_smoothing != 0;
+  const auto all = [](const T*, int64_t, int64_t count, int32_t*) { return count; };
+  std::vector<Key> keys;
+  for (int64_t n = begin; n < end; ++n) {
+    const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
+    const T row_max = value_of_key<D>(largest_key<D>(x, classes));
+    const int64_t y = a.target[n];
+    const bool hit = y >= 0 && y < classes;
+    const double z_y = hit ? static_cast<double>(F::value(x[y])) - row_max : 0;
+    T cut = -std::numeric_limits<T>::infinity();
+    int64_t cut_index = classes - 1;
+    Sums sums;
+    if (a.k < classes) {
+      const auto [key, index] = kth_class<D>(x, classes, a.k, keys);
+      cut = value_of_key<D>(key);
+      cut_index = index;
+      sums = sums_of<D>(
+          x, classes, row_max, weight, smoothed,
+          [cut = cut, cut_index](const T* z, int64_t first, int64_t count, int32_t* kept) {
+            return mark_kept(z, first, count, cut, cut_index, kept);
+          });
+    } else {
+      sums = sums_of<D>(x, classes, row_max, weight, smoothed, all);
+    }
+    const double log_all = std::log(sums.exponentials);
+    const double rest = std::exp(z_y - log_all) - a.delta;
+    if (a.delta < 1 && hit && rest > 0) {
+      // p_y - p_i <= delta, in logarithms; the target itself whatever the rounding
+      const T bound = std::min(static_cast<T>(log_all + std::log(rest)), static_cast<T>(z_y));
+      cut = std::numeric_limits<T>::infinity();
+      sums = sums_of<D>(x, classes, row_max, weight, smoothed,
+                        [&](const T* z, int64_t, int64_t count, int32_t* kept) {
+                          return mark_near(z, count, row_max, bound, kept, cut);
+                        });
+    }
+    const double log_sum = std::log(sums.exponentials);
+    double loss = std::numeric_limits<double>::quiet_NaN();
+    if (hit) {
+      // the maximum leaves both terms before they meet
+      loss = log_sum - z_y;
+      if (weight) loss *= weight[y];
+      if (smoothed)
+        loss = (1 - a.label_smoothing) * loss + a.label_smoothing / static_cast<double>(sums.kept) *
+                                                    (sums.weights * log_sum + sums.spread);
+    }
+    static_cast<T*>(a.loss)[n] = static_cast<T>(loss);
+    static_cast<T*>(a.lse)[n] = static_cast<T>(row_max + log_sum);
+    static_cast<T*>(a.row_max)[n] = row_max;
+    static_cast<T*>(a.log_sum)[n] = static_cast<T>(log_sum);
+    static_cast<T*>(a.cut)[n] = cut;
+    a.cut_index[n] = static_cast<int32_t>(cut_index);
+    a.kept[n] = static_cast<int32_t>(sums.kept);
+  }
+}
+
+template <Dtype D>
+void threshold_backward_rows(const ThresholdBackward& a, int64_t begin, int64_t end) {
+  using F = Format<D>;
+  using Key = typename F::Key;
+  using T = typename F::Statistic;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  const int64_t classes = a.logits.classes;
+  const T* weight = static_cast<const T*>(a.weight);
+  T z[kBlock], g[kBlock];
+  int32_t kept[kBlock];
+  for (int64_t n = begin; n < end; ++n) {
+    Key* out = static_cast<Key*>(a.dlogits) + n * classes;
+    const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
+    const T row_max = static_cast<const T*>(a.row_max)[n];
+    const int64_t cut_index = a.cut_index[n];
+    const int64_t y = a.target[n];
+    const bool hit = y >= 0 && y < classes;
+    const T log_sum = static_cast<const T*>(a.log_sum)[n];
+    // of a row that keeps its target alone the loss is 0, or NaN where that is at +inf
+    const bool alone =
+        hit && a.kept[n] == 1 && log_sum == 0 && y <= cut_index && F::value(x[y]) == row_max;
+    const double dloss = a.dloss && hit && !alone ? static_cast<const T*>(a.dloss)[n] : 0;
+    double share = a.dlse ? static_cast<const T*>(a.dlse)[n] : 0;
+    if (dloss == 0 && share == 0) {
+      std::memset(out, 0, classes * sizeof(Key));
+      continue;
+    }
+    const T cut = static_cast<const T*>(a.cut)[n];
+    const bool dense = a.kept[n] == classes;
+    const double at_target =
+        hit ? dloss * (1 - a.label_smoothing) * (weight ? weight[y] : T{1}) : 0;
+    const T spread = static_cast<T>(dloss * a.label_smoothing / static_cast<double>(a.kept[n]));
+    share += at_target;
+    if (spread != 0) {
+      double total = weight ? 0 : static_cast<double>(a.kept[n]);
+      for (int64_t first = 0; weight && first < classes; first += kBlock) {
+        const int64_t count = std::min(kBlock, classes - first);
+        for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
+        if (!dense) mark_kept(z, first, count, cut, cut_index, kept);
+        for (int64_t i = 0; i < count; ++i)
+          total += dense || kept[i] ? static_cast<double>(weight[first + i]) : 0;
+      }
+      share += spread * total;
+    }
+    const T factor = static_cast<T>(share);
+    for (int64_t first = 0; first < classes; first += kBlock) {
+      const int64_t count = std::min(kBlock, classes - first);
+      for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
+      if (!dense) mark_kept(z, first, count, cut, cut_index, kept);
+      for (int64_t i = 0; i < count; ++i) z[i] = (z[i] - row_max) - log_sum;
+      if (!dense)
+        for (int64_t i = 0; i < count; ++i) z[i] = kept[i] ? z[i] : -kInfinity;
+      const int64_t width = width_of(count);
+      for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
+      for (int64_t i = 0; i < width; ++i) g[i] = exp_nonpositive(z[i]);
+      if (factor == 0)
+        std::fill_n(g, count, T{0});  // also where the probability is NaN
+      else
+        for (int64_t i = 0; i < count; ++i) g[i] *= factor;
+      if (spread != 0)
+        for (int64_t i = 0; i < count; ++i)
+          if (dense || kept[i]) g[i] -= spread * (weight ? weight[first + i] : T{1});
+      if (hit && y >= first && y < first + count) g[y - first] -= static_cast<T>(at_target);
+      for (int64_t i = 0; i < count; ++i) out[first + i] = F::bits(g[i]);
+    }
+  }
+}
+
+inline void threshold_forward(const ThresholdForward& a, int64_t begin, int64_t end) {
+  switch (a.logits.dtype) {
+    case Dtype::f32: return threshold_forward_rows<Dtype::f32>(a, begin, end);
+    case Dtype::bf16: return threshold_forward_rows<Dtype::bf16>(a, begin, end);
+    case Dtype::f16: return threshold_forward_rows<Dtype::f16>(a, begin, end);
+    case Dtype::f64: return threshold_forward_rows<Dtype::f64>(a, begin, end);
+  }
+}
+
+inline void threshold_backward(const ThresholdBackward& a, int64_t begin, int64_t end) {
+  switch (a.logits.dtype) {
+    case Dtype::f32: return threshold_backward_rows<Dtype::f32>(a, begin, end);
+    case Dtype::bf16: return threshold_backward_rows<Dtype::bf16>(a, begin, end);
+    case Dtype::f16: return threshold_backward_rows<Dtype::f16>(a, begin, end);
+    case Dtype::f64: return threshold_backward_rows<Dtype::f64>(a, begin, end);
+  }
+}

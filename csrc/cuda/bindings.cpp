@@ -1,0 +1,187 @@
+// The operators on CUDA tensors: tensors in, pointers and the current stream out. Contract: python/sparse_ce/schema.py. Of torch only
+// what knows no CUDA: this file compiles and links against a CPU build too.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "glue.h"
+#include "sparse_linear.h"
+#include "threshold_ce.h"
+#include "topk_ce.h"
+
+// What the kernels were compiled for, sm_90,compute_90: machine code and PTX.
+#ifndef SPARSE_CE_CUDA_ARCHITECTURES
+#error "SPARSE_CE_CUDA_ARCHITECTURES: expected a list, sm_90,compute_90"
+#endif
+#define SPARSE_CE_TEXT(...) #__VA_ARGS__
+#define SPARSE_CE_TEXT_OF(...) SPARSE_CE_TEXT(__VA_ARGS__)
+
+namespace sparse_ce {
+namespace {
+
+std::string architectures() { return SPARSE_CE_TEXT_OF(SPARSE_CE_CUDA_ARCHITECTURES); }
+
+cudaStream_t current_stream(at::Device device) {
+  // the device guard speaks to the runtime of torch; the kernels are launched by one of their own
+  cudaSetDevice(device.index());
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return static_cast<cudaStream_t>(guard.getStream(device).native_handle());
+}
+
+template <class... Sizes> void check_launch(cudaError_t error, const Sizes&... sizes) {
+  if (error == cudaSuccess) return;
+  // else the next launch would report it again
+  cudaGetLastError();
+  TORCH_CHECK(false, "sparse_ce: the CUDA kernels were not launched, for ", sizes..., ": ",
+              cudaGetErrorString(error));
+}
+
+// Freed before the kernels have run, which is right: the allocator hands it on in the order of the stream.
+Tensor scratch_of(int64_t bytes, const Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+Outputs topk_ce_fwd(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                    int64_t k, double label_smoothing) {
+  const c10::DeviceGuard guard(logits.device());
+  const Outputs outputs = empty_outputs(logits, k);
+  auto arguments =
+      forward_arguments<cuda::Forward>(logits, target, weight, k, label_smoothing, outputs);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = target.numel();
+  const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), logits);
+  arguments.scratch = scratch.data_ptr();
+  check_launch(cuda::forward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes and k = ", k);
+  return outputs;
+}
+
+Tensor topk_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
+                   const std::optional<Tensor>& dprobs, const Tensor& target, const Tensor& indices,
+                   const Tensor& probs, const std::optional<Tensor>& weight, double label_smoothing,
+                   int64_t num_classes, at::ScalarType dtype) {
+  const c10::DeviceGuard guard(probs.device());
+  auto shape = probs.sizes().vec();
+  shape.back() = num_classes;
+  const Tensor dlogits = at::empty(shape, probs.options().dtype(dtype));
+  const auto dloss_rows = contiguous(dloss), dlse_rows = contiguous(dlse),
+             dprobs_rows = contiguous(dprobs);
+  auto arguments = backward_arguments<cuda::Backward>(
+      dloss_rows, dlse_rows, dprobs_rows, target, indices, probs, weight, label_smoothing, dlogits);
+  arguments.count = target.numel();
+  check_launch(cuda::backward(arguments, current_stream(probs.device())), target.numel(),
+               " rows of ", num_classes, " classes and k = ", probs.size(-1));
+  return dlogits;
+}
+
+ThresholdOutputs threshold_ce_fwd(const Tensor& logits, const Tensor& target,
+                                  const std::optional<Tensor>& weight, int64_t k, double delta,
+                                  double label_smoothing) {
+  const c10::DeviceGuard guard(logits.device());
+  const ThresholdOutputs outputs = empty_threshold_outputs(logits, k);
+  auto arguments = threshold_forward_arguments<cuda::ThresholdForward>(
+      logits, target, weight, k, delta, label_smoothing, outputs);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = target.numel();
+  check_launch(cuda::forward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes and k = ", k);
+  return outputs;
+}
+
+Tensor threshold_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
+                        const Tensor& logits, const Tensor& target, const Tensor& row_max,
+                        const Tensor& log_sum, const Tensor& cut, const Tensor& cut_index,
+                        const Tensor& kept, const std::optional<Tensor>& weight,
+                        double label_smoothing) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor dlogits = at::empty(logits.sizes(), logits.options());
+  const auto dloss_rows = contiguous(dloss), dlse_rows = contiguous(dlse);
+  auto arguments = threshold_backward_arguments<cuda::ThresholdBackward>(
+      dloss_rows, dlse_rows, logits, target, row_max, log_sum, cut, cut_index, kept, weight,
+      label_smoothing, dlogits);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = target.numel();
+  check_launch(cuda::backward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes");
+  return dlogits;
+}
+
+Tensor sparse_linear_buffer(const Tensor& like, int64_t rows, int64_t num_classes) {
+  return at::empty({rows, num_classes}, like.options());
+}
+
+Tensor sparse_linear_dhidden(const Tensor& coefficients, const Tensor& classes,
+                             const Tensor& weight, at::ScalarType dtype) {
+  check_weighted_rows(coefficients, classes, weight, dtype);
+  const c10::DeviceGuard guard(weight.device());
+  const int64_t tokens = classes.size(0), m = classes.size(1), width = weight.size(1);
+  const Tensor dhidden = at::empty({tokens, width}, weight.options().dtype(dtype));
+  const cuda::Gather arguments{coefficients.const_data_ptr(),
+                               classes.const_data_ptr<int32_t>(),
+                               weight.const_data_ptr(),
+                               dtype_of<cuda::Dtype>(weight.scalar_type()),
+                               tokens,
+                               m,
+                               width,
+                               dhidden.data_ptr(),
+                               dtype_of<cuda::Dtype>(dtype)};
+  check_launch(cuda::gather(arguments, current_stream(weight.device())), tokens, " tokens of ", m,
+               " classes and ", width, " features");
+  return dhidden;
+}
+
+Tensor sparse_linear_dweight(const Tensor& coefficients, const Tensor& classes,
+                             const Tensor& hidden, int64_t num_classes, at::ScalarType dtype) {
+  check_weighted_rows(coefficients, classes, hidden, dtype);
+  const c10::DeviceGuard guard(hidden.device());
+  const int64_t width = hidden.size(1);
+  const Tensor dweight = at::empty({num_classes, width}, hidden.options().dtype(dtype));
+  // stable: the sum of a class then has one order. Nothing here waits for the GPU
+  const auto [sorted, order] =
+      at::sort(classes.view(-1), /*stable=*/std::optional<bool>(true), 0, false);
+  const Tensor starts = at::searchsorted(sorted, at::arange(num_classes + 1, classes.options()));
+  cuda::Segments arguments{coefficients.const_data_ptr(),
+                           sorted.const_data_ptr<int32_t>(),
+                           order.const_data_ptr<int64_t>(),
+                           starts.const_data_ptr<int64_t>(),
+                           hidden.const_data_ptr(),
+                           dtype_of<cuda::Dtype>(hidden.scalar_type()),
+                           classes.numel(),
+                           classes.size(1),
+                           num_classes,
+                           width,
+                           nullptr,
+                           dweight.data_ptr(),
+                           dtype_of<cuda::Dtype>(dtype)};
+  const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), hidden);
+  arguments.scratch = scratch.data_ptr();
+  check_launch(cuda::add_segments(arguments, current_stream(hidden.device())), classes.numel(),
+               " pairs, ", num_classes, " classes and ", width, " features");
+  return dweight;
+}
+
+}  // namespace
+}  // namespace sparse_ce
+
+TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
+  m.impl("topk_ce_fwd", sparse_ce::topk_ce_fwd);
+  m.impl("topk_ce_bwd", sparse_ce::topk_ce_bwd);
+  m.impl("threshold_ce_fwd", sparse_ce::threshold_ce_fwd);
+  m.impl("threshold_ce_bwd", sparse_ce::threshold_ce_bwd);
+  m.impl("sparse_linear_buffer", sparse_ce::sparse_linear_buffer);
+  m.impl("sparse_linear_dhidden", sparse_ce::sparse_linear_dhidden);
+  m.impl("sparse_linear_dweight", sparse_ce::sparse_linear_dweight);
+}
+
+TORCH_LIBRARY_IMPL(sparse_ce_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architectures", sparse_ce::architectures);
+}

@@ -1,0 +1,125 @@
+// The threads that share a row: a warp, with several of them to a block, or a whole block. What they do together.
+#pragma once
+
+#include "platform.cuh"
+
+namespace sparse_ce::cuda {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFF;
+
+// Shared memory of the groups of a block.
+#define GROUP_MEMORY(THREADS, name)                                        \
+  SHARED_ARRAY(uint64_t, name##_slots, 2 * (Group<THREADS>::kBlock / 32)); \
+  SHARED_ARRAY(int, name##_lengths, Group<THREADS>::kPerBlock);            \
+  Group<THREADS> name(name##_slots, name##_lengths)
+
+// Blocks that shall find room on a multiprocessor, for __launch_bounds__: up to 96 registers per thread in blocks of 128, 64 in
+// larger ones, 128 for float64. Left to itself the compiler aims for more blocks, and spills.
+template <class T> constexpr int resident(int block) {
+  return block == 128 ? 5 : sizeof(T) == 8 ? 512 / block : 1024 / block;
+}
+
+template <int THREADS> class Group {
+ public:
+  static constexpr bool kIsWarp = THREADS == 32;
+  static constexpr int kWarps = THREADS / 32;
+  static constexpr int kBlock = kIsWarp ? 128 : THREADS;
+  static constexpr int kPerBlock = kBlock / THREADS;
+
+  __device__ Group(Shared<uint64_t> slots, Shared<int> lengths)
+      : number(static_cast<int>(threadIdx.x) / THREADS),
+        rank(static_cast<int>(threadIdx.x) % THREADS),
+        slots_(slots + 2 * kWarps * number),
+        length_(lengths + number) {}
+
+  const int number;  // of the group in its block
+  const int rank;    // of the thread in its group
+
+  // A barrier, and all memory that any of them wrote before it is seen by all after it.
+  __device__ __forceinline__ void sync() const {
+    if constexpr (kIsWarp)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+
+  // The same result in every thread, from the same order of operations in every run. One barrier: the slots are used in
+  // turns, and nobody writes to a slot again before all have passed the barrier of the other.
+  template <class V, class Combine> __device__ V reduce(V x, Combine combine) {
+    for (int distance = 16; distance > 0; distance /= 2)
+      x = combine(x, __shfl_xor_sync(kAllLanes, x, distance));
+    return across_warps(x, combine);
+  }
+
+  __device__ int sum(int x) {
+    return across_warps(__reduce_add_sync(kAllLanes, x), [](int a, int b) { return a + b; });
+  }
+
+  // How many threads before this one say yes.
+  __device__ int count_before(bool yes) {
+    const unsigned all = __ballot_sync(kAllLanes, yes);
+    int count = __popc(all & ((1u << rank % 32) - 1));
+    if constexpr (!kIsWarp) {
+      const Shared<uint64_t> slots = next_slots();
+      if (rank % 32 == 0) slots[rank / 32] = static_cast<uint64_t>(__popc(all));
+      sync();
+      for (int warp = 0; warp < rank / 32; ++warp)
+        count += static_cast<int>(static_cast<uint64_t>(slots[warp]));
+    }
+    return count;
+  }
+
+  // A list that all fill, in any order. Its length goes on where its capacity ends.
+  __device__ void set_length(int length) {
+    sync();
+    if (rank == 0) length_[0] = length;
+    sync();
+  }
+
+  template <class List, class V>
+  __device__ __forceinline__ void append(List list, int capacity, bool keep, V value) {
+    const unsigned kept = __ballot_sync(kAllLanes, keep);
+    if (kept == 0) return;
+    const int lane = rank % 32, leader = __ffs(static_cast<int>(kept)) - 1;
+    int place = 0;
+    if (lane == leader) place = atomicAdd(length_ + 0, __popc(kept));
+    place = __shfl_sync(kAllLanes, place, leader) + __popc(kept & ((1u << lane) - 1));
+    if (keep && place < capacity) list[place] = value;
+  }
+
+  // The length of the list; the list itself is then seen by all.
+  __device__ int length() const {
+    sync();
+    return length_[0];
+  }
+
+ private:
+  template <class V, class Combine> __device__ V across_warps(V x, Combine combine) {
+    if constexpr (!kIsWarp) {
+      static_assert(sizeof(V) <= sizeof(uint64_t));
+      const Shared<uint64_t> slots = next_slots();
+      uint64_t bits = 0;
+      memcpy(&bits, &x, sizeof(V));
+      if (rank % 32 == 0) slots[rank / 32] = bits;
+      sync();
+      for (int warp = 0; warp < kWarps; ++warp) {
+        const uint64_t other = slots[warp];
+        V y;
+        memcpy(&y, &other, sizeof(V));
+        x = warp == 0 ? y : combine(x, y);
+      }
+    }
+    return x;
+  }
+
+  __device__ __forceinline__ Shared<uint64_t> next_slots() {
+    turn_ ^= 1;
+    return slots_ + turn_ * kWarps;
+  }
+
+  Shared<uint64_t> slots_;  // (2, kWarps)
+  Shared<int> length_;
+  int turn_ = 0;
+};
+
+}  // namespace sparse_ce::cuda

@@ -1,0 +1,170 @@
+// The order of the classes as integers: value descending, NaN largest, -0 equal to +0, then index ascending.
+#pragma once
+
+#include "platform.cuh"
+
+namespace sparse_ce::cuda {
+
+// The key of an element: a signed integer whose order is that of the values. All NaNs have one key, both zeros another.
+template <class Key, Key kInfinity, class Bits>
+__device__ __forceinline__ Key key_of_bits(Bits bits) {
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const Key magnitude = static_cast<Key>(bits & kMagnitude);
+  // sign and magnitude -> two's complement
+  const Key key = bits > kMagnitude ? -magnitude : magnitude;
+  return magnitude > kInfinity ? kInfinity + 1 : key;
+}
+
+template <class Key, class Bits> __device__ __forceinline__ Bits bits_of_key(Key key) {
+  constexpr Bits kSign = static_cast<Bits>(~(static_cast<Bits>(~Bits{0}) >> 1));
+  return static_cast<Bits>(key < 0 ? kSign | static_cast<Bits>(-key) : static_cast<Bits>(key));
+}
+
+// A class of a row: its key and its index. Greater is earlier; no two are equal.
+struct Item32 {
+  int64_t packed;
+  __device__ __forceinline__ bool operator>(const Item32& other) const {
+    return packed > other.packed;
+  }
+  __device__ __forceinline__ int32_t key() const { return static_cast<int32_t>(packed >> 32); }
+  __device__ __forceinline__ int32_t index() const {
+    return 0x7FFFFFFF - static_cast<int32_t>(packed & 0x7FFFFFFF);
+  }
+};
+
+struct alignas(16) Item64 {
+  int64_t high;
+  int64_t low;  // the index: all 16 bytes are the item's own
+  __device__ __forceinline__ bool operator>(const Item64& other) const {
+    return high > other.high || (high == other.high && low < other.low);
+  }
+  __device__ __forceinline__ int64_t key() const { return high; }
+  __device__ __forceinline__ int32_t index() const { return static_cast<int32_t>(low); }
+};
+
+__device__ __forceinline__ Item32 item(int32_t key, int32_t index) {
+  return {static_cast<int64_t>(key) * (int64_t{1} << 32) + (0x7FFFFFFF - index)};
+}
+__device__ __forceinline__ Item64 item(int64_t key, int32_t index) { return {key, index}; }
+
+// An index that no class has: such an item comes after all classes of its key.
+constexpr int32_t kNoIndex = 0x7FFFFFFF;
+
+template <class T> struct Order;
+
+template <> struct Order<float> {
+  using Key = int32_t;
+  using Item = Item32;
+  using Statistic = float;
+  static constexpr Key kInfinity = 0x7F800000;
+  static __device__ __forceinline__ Key key(float x) {
+    return key_of_bits<Key, kInfinity>(bit_cast<uint32_t>(x));
+  }
+  static __device__ __forceinline__ float value(Key key) {
+    return bit_cast<float>(bits_of_key<Key, uint32_t>(key));
+  }
+  static __device__ __forceinline__ Key unit_key(uint32_t unit) {
+    return key(bit_cast<float>(unit));
+  }
+  static __device__ __forceinline__ float element(float x) { return x; }
+};
+
+template <class T, int kInfinityBits> struct Order16 {
+  using Key = int32_t;
+  using Item = Item32;
+  using Statistic = float;
+  static constexpr Key kInfinity = kInfinityBits;
+  static __device__ __forceinline__ Key key(T x) { return key_of_bits<Key, kInfinity>(x.bits); }
+  static __device__ __forceinline__ float value(Key key) {
+    return to_float(T{bits_of_key<Key, uint16_t>(key)});
+  }
+  // of the larger of the two
+  static __device__ __forceinline__ Key unit_key(uint32_t unit) {
+    const Key low = key(T{static_cast<uint16_t>(unit)});
+    const Key high = key(T{static_cast<uint16_t>(unit >> 16)});
+    return low > high ? low : high;
+  }
+};
+template <> struct Order<bfloat16> : Order16<bfloat16, 0x7F80> {
+  static __device__ __forceinline__ bfloat16 element(float x) { return to_bfloat16(x); }
+};
+template <> struct Order<float16> : Order16<float16, 0x7C00> {
+  static __device__ __forceinline__ float16 element(float x) { return to_float16(x); }
+};
+
+template <> struct Order<double> {
+  using Key = int64_t;
+  using Item = Item64;
+  using Statistic = double;
+  static constexpr Key kInfinity = 0x7FF0000000000000;
+  static __device__ __forceinline__ Key key(double x) {
+    return key_of_bits<Key, kInfinity>(bit_cast<uint64_t>(x));
+  }
+  static __device__ __forceinline__ double value(Key key) {
+    return bit_cast<double>(bits_of_key<Key, uint64_t>(key));
+  }
+  static __device__ __forceinline__ Key unit_key(uint64_t unit) {
+    return key(bit_cast<double>(unit));
+  }
+  static __device__ __forceinline__ double element(double x) { return x; }
+};
+
+template <class T> using KeyOf = typename Order<T>::Key;
+template <class T> using ItemOf = typename Order<T>::Item;
+template <class T> using StatisticOf = typename Order<T>::Statistic;
+
+// Before no class at all: every class is greater.
+template <class T> __device__ __forceinline__ ItemOf<T> last_item() {
+  return item(static_cast<KeyOf<T>>(-Order<T>::kInfinity - 1), kNoIndex);
+}
+
+// What statistics are computed from.
+template <class T> __device__ __forceinline__ StatisticOf<T> number_of(T x) {
+  if constexpr (sizeof(T) == 2)
+    return to_float(x);
+  else
+    return x;
+}
+
+// Element `place` of a chunk.
+template <class T, int N>
+__device__ __forceinline__ T element_of(const Chunk<T, N>& chunk, int place) {
+  if constexpr (sizeof(T) == 2)
+    return T{static_cast<uint16_t>(chunk.unit[place / 2] >> (place % 2 ? 16 : 0))};
+  else
+    return bit_cast<T>(chunk.unit[place]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Chunk<T, N> chunk_of(const StatisticOf<T> (&x)[N]) {
+  Chunk<T, N> chunk;
+#pragma unroll
+  for (int u = 0; u < Chunk<T, N>::kUnits; ++u) {
+    if constexpr (sizeof(T) == 2)
+      chunk.unit[u] = Packed<T>::of(x[2 * u], x[2 * u + 1]);
+    else
+      chunk.unit[u] = bit_cast<typename Chunk<T, N>::Unit>(x[u]);
+  }
+  return chunk;
+}
+
+template <class T>
+__device__ __forceinline__ KeyOf<T> element_key(const Chunk<T>& chunk, int place) {
+  return Order<T>::key(element_of(chunk, place));
+}
+
+template <class T> __device__ __forceinline__ Chunk<T> lowest_chunk() {
+  Chunk<T> chunk;
+  for (int u = 0; u < Chunk<T>::kUnits; ++u) {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t bits = Order<T>::kInfinity | 0x8000;
+      chunk.unit[u] = bits << 16 | bits;
+    } else {
+      using Unit = typename Chunk<T>::Unit;
+      chunk.unit[u] = static_cast<Unit>(Order<T>::kInfinity) | Unit{1} << (8 * sizeof(Unit) - 1);
+    }
+  }
+  return chunk;
+}
+
+}  // namespace sparse_ce::cuda

@@ -1,0 +1,154 @@
+// Where the kernels meet their machine: CUDA, or its emulation on a processor in the tests (tests/cuda/emulation.h). What the
+// emulation cannot take, inline PTX, has its plain twin here and nowhere else.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// Kernels name shared memory through these two, so that the emulation can check every access.
+#define SHARED_ARRAY(T, name, count) __shared__ T name[count]
+template <class T> using Shared = T*;
+
+#define PTX(...) __VA_ARGS__
+#define TWIN(...)
+#else
+#include <emulation.h>
+
+#define PTX(...)
+#define TWIN(...) __VA_ARGS__
+#endif
+
+namespace sparse_ce::cuda {
+
+// 16-bit floats are their bits: the kernels compare integers and compute in float32.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class To, class From> __device__ __forceinline__ To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+__device__ __forceinline__ float to_float(bfloat16 x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+__device__ __forceinline__ float to_float(float16 x) {
+  PTX(return __half2float(__ushort_as_half(x.bits));)
+  TWIN(return static_cast<float>(bit_cast<_Float16>(x.bits));)
+}
+
+// Rounded to the nearest, ties to even.
+__device__ __forceinline__ bfloat16 to_bfloat16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {0x7FC0};
+  return {static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+}
+__device__ __forceinline__ float16 to_float16(float x) {
+  PTX(return {__half_as_ushort(__float2half_rn(x))};)
+  TWIN(return {bit_cast<uint16_t>(static_cast<_Float16>(x))};)
+}
+
+// The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. Of the 16-bit floats
+// also a pair, rounded to the nearest.
+template <class T> struct Packed;
+
+template <> struct Packed<float> {
+  using Unit = uint32_t;
+  static __device__ __forceinline__ Unit max(Unit a, Unit b) {
+    PTX(float d;
+        asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+        return __float_as_uint(d);)
+    TWIN(const float x = bit_cast<float>(a), y = bit_cast<float>(b);
+         return x > y || x != x ? a : b;)
+  }
+};
+
+template <> struct Packed<bfloat16> {
+  using Unit = uint32_t;
+  static __device__ __forceinline__ Unit of(float low, float high) {
+    PTX(Unit d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;)
+    TWIN(return Unit{to_bfloat16(high).bits} << 16 | to_bfloat16(low).bits;)
+  }
+  static __device__ __forceinline__ Unit max(Unit a, Unit b) {
+    PTX(Unit d; asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
+    TWIN(return Packed<float>::max(a & 0xFFFF0000, b & 0xFFFF0000) |
+                    Packed<float>::max(a << 16, b << 16) >> 16;)
+  }
+};
+
+template <> struct Packed<float16> {
+  using Unit = uint32_t;
+  static __device__ __forceinline__ Unit of(float low, float high) {
+    PTX(Unit d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;)
+    TWIN(return Unit{to_float16(high).bits} << 16 | to_float16(low).bits;)
+  }
+  static __device__ __forceinline__ Unit max(Unit a, Unit b) {
+    PTX(Unit d; asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
+    TWIN(return half_max(a >> 16, b >> 16) << 16 | half_max(a & 0xFFFF, b & 0xFFFF);)
+  }
+  TWIN(static Unit half_max(Unit a, Unit b) {
+    const float x = to_float(float16{static_cast<uint16_t>(a)});
+    const float y = to_float(float16{static_cast<uint16_t>(b)});
+    return x > y || x != x ? a : b;
+  })
+};
+
+template <> struct Packed<double> {
+  using Unit = uint64_t;
+  // no such instruction
+  static __device__ __forceinline__ Unit max(Unit a, Unit b) {
+    const double x = bit_cast<double>(a), y = bit_cast<double>(b);
+    return x > y || x != x ? a : b;
+  }
+};
+
+template <class S> __device__ __forceinline__ S larger(S a, S b) {
+  using Unit = typename Packed<S>::Unit;
+  return bit_cast<S>(Packed<S>::max(bit_cast<Unit>(a), bit_cast<Unit>(b)));
+}
+
+// exp(x) to two units in the last place and one of the rounded x * log2(e): a product and one instruction. Zero in place of what is
+// not normal.
+__device__ __forceinline__ float exp_nonpositive(float x) {
+  const float exponent = x * 1.4426950408889634f;
+  PTX(float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(exponent)); return y;)
+  TWIN(return std::exp2(exponent);)
+}
+__device__ __forceinline__ double exp_nonpositive(double x) { return std::exp(x); }
+
+// 16 bytes, the widest load and store; or ELEMENTS in a row, in as many of these as it takes.
+template <class T, int ELEMENTS = 16 / sizeof(T)>
+struct alignas(ELEMENTS * sizeof(T) < 16 ? ELEMENTS * sizeof(T) : 16) Chunk {
+  using Unit = typename Packed<T>::Unit;
+  static constexpr int kElements = ELEMENTS;
+  static constexpr int kUnits = ELEMENTS * sizeof(T) / sizeof(Unit);
+  Unit unit[kUnits];
+};
+
+template <class T, int N> __device__ __forceinline__ Chunk<T, N> packed(const T (&elements)[N]) {
+  Chunk<T, N> chunk;
+  memcpy(&chunk, elements, sizeof(chunk));
+  return chunk;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int block, cudaStream_t stream,
+            Arguments... arguments) {
+  PTX(kernel<<<grid, block, 0, stream>>>(arguments...);)
+  TWIN(emulation::launch(kernel, grid, dim3(block), 0, stream, arguments...);)
+}
+
+}  // namespace sparse_ce::cuda

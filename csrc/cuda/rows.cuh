@@ -1,0 +1,109 @@
+// Rows of logits in chunks of 16 bytes. A row begins at any class's address: the whole chunks in it are moved 16 bytes at a time,
+// the classes before the first and after the last one by one.
+#pragma once
+
+#include "group.cuh"
+#include "order.cuh"
+#include "rows.h"
+
+namespace sparse_ce::cuda {
+
+template <class T> __device__ const T* row_of(const Rows& rows, int64_t row) {
+  // both fit 32 bits, and a division of 64 costs a short row a tenth of its time
+  const auto number = static_cast<uint32_t>(row), inner = static_cast<uint32_t>(rows.inner);
+  return static_cast<const T*>(rows.data) + number / inner * rows.outer_stride +
+         number % inner * rows.inner_stride;
+}
+
+// The classes before the first whole chunk, and how many of those there are.
+struct Whole {
+  int head;
+  int count;
+};
+
+template <class T> __device__ __forceinline__ Whole whole_chunks(const T* row, int classes) {
+  const int misaligned = static_cast<int>(bit_cast<uintptr_t>(row) % 16 / sizeof(T));
+  const int to_aligned = misaligned == 0 ? 0 : Chunk<T>::kElements - misaligned;
+  const int head = to_aligned < classes ? to_aligned : classes;
+  return {head, (classes - head) / Chunk<T>::kElements};
+}
+
+// f(class) of the classes outside of the whole chunks, fewer than 2 chunks.
+template <class T, int THREADS, class F>
+__device__ __forceinline__ void for_each_edge(const Group<THREADS>& group, const Whole& whole,
+                                              int classes, F f) {
+  const int left = classes - whole.count * Chunk<T>::kElements;
+  for (int i = group.rank; i < left; i += THREADS)
+    f(i < whole.head ? i : i + whole.count * Chunk<T>::kElements);
+}
+
+// f(element, class) of all classes of a row, in any order.
+template <class T, int THREADS, class F>
+__device__ __forceinline__ void for_each_class(const Group<THREADS>& group, const T* row,
+                                               int classes, F f) {
+  // float64 takes twice the registers
+  constexpr int kInFlight = sizeof(T) == 8 ? 1 : 2;
+  const Whole whole = whole_chunks(row, classes);
+  const auto chunks = reinterpret_cast<const Chunk<T>*>(row + whole.head);
+#pragma unroll 1
+  for (int begin = group.rank; begin < whole.count; begin += kInFlight * THREADS) {
+    Chunk<T> x[kInFlight];
+#pragma unroll
+    for (int c = 0; c < kInFlight; ++c)
+      if (begin + c * THREADS < whole.count) x[c] = chunks[begin + c * THREADS];
+#pragma unroll
+    for (int c = 0; c < kInFlight; ++c) {
+      const int first = whole.head + (begin + c * THREADS) * Chunk<T>::kElements;
+      if (begin + c * THREADS < whole.count)
+#pragma unroll
+        for (int e = 0; e < Chunk<T>::kElements; ++e) f(element_of(x[c], e), first + e);
+    }
+  }
+  for_each_edge<T>(group, whole, classes, [&](int i) { f(row[i], i); });
+}
+
+// What a block writes of a row of a gradient: the parts of a row are on y of the grid, and meet between chunks.
+struct Slice {
+  Whole whole;     // of the row
+  int begin, end;  // its whole chunks
+  int low, high;   // its classes
+};
+
+template <class T> __device__ __forceinline__ Slice slice_of(const T* row, int classes) {
+  const Whole whole = whole_chunks(row, classes);
+  const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+  const int size = (whole.count + parts - 1) / parts;
+  const int begin = part * size < whole.count ? part * size : whole.count;
+  const int end = begin + size < whole.count ? begin + size : whole.count;
+  const int low = part == 0 ? 0 : whole.head + begin * Chunk<T>::kElements;
+  const int high = part == parts - 1 ? classes : whole.head + end * Chunk<T>::kElements;
+  return {whole, begin, end, low, high};
+}
+
+// f(class) of the slice's classes outside of its chunks.
+template <class T, int THREADS, class F>
+__device__ __forceinline__ void for_each_edge(const Group<THREADS>& group, const Slice& slice,
+                                              F f) {
+  const int first = slice.whole.head + slice.begin * Chunk<T>::kElements;
+  const int last = slice.whole.head + slice.end * Chunk<T>::kElements;
+  for (int i = slice.low + group.rank; i < first; i += THREADS) f(i);
+  for (int i = last + group.rank; i < slice.high; i += THREADS) f(i);
+}
+
+template <class T, int THREADS>
+__device__ __forceinline__ void fill_zeros(const Group<THREADS>& group, T* row,
+                                           const Slice& slice) {
+  const auto chunks = reinterpret_cast<Chunk<T>*>(row + slice.whole.head);
+  const Chunk<T> zeros = {};
+  for (int i = slice.begin + group.rank; i < slice.end; i += THREADS) chunks[i] = zeros;
+  for_each_edge<T>(group, slice, [&](int i) { row[i] = T{}; });
+}
+
+// Blocks that share a row of a gradient: one, unless a GPU would idle.
+template <class T> unsigned parts_of_gradient(int64_t rows, int64_t classes) {
+  const int64_t chunks = classes * static_cast<int64_t>(sizeof(T)) / 16;
+  const int64_t parts = 1024 / rows < chunks / 1024 ? 1024 / rows : chunks / 1024;
+  return parts < 1 ? 1 : static_cast<unsigned>(parts);
+}
+
+}  // namespace sparse_ce::cuda

@@ -1,0 +1,6 @@
+#include "topk_ce.cuh"
+
+namespace sparse_ce::cuda {
+template cudaError_t forward_rows<float>(const Forward&, cudaStream_t);
+template cudaError_t backward_rows<float>(const Backward&, cudaStream_t);
+}  // namespace sparse_ce::cuda

@@ -1,0 +1,193 @@
+// What the torch glue of every device shares: the checks and outputs of a forward, and arguments packed out of tensors. The structs
+// of arguments are those of cpu/<stem>.h or cuda/<stem>.h, which name alike what they hold alike.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+namespace sparse_ce {
+
+using at::Tensor;
+
+// loss, lse, indices, probs
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Dtype> Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return Dtype::f32;
+    case at::kBFloat16: return Dtype::bf16;
+    case at::kHalf: return Dtype::f16;
+    case at::kDouble: return Dtype::f64;
+    default:
+      TORCH_CHECK(false, "logits: expected float32, bfloat16, float16 or float64, got ", type);
+  }
+}
+
+inline const void* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+inline void check_logits(const Tensor& logits) {
+  const int64_t dims = logits.dim();
+  TORCH_CHECK(dims == 2 || dims == 3, "logits: expected (N, V) or (B, T, V), got ", dims,
+              " dimensions");
+  TORCH_CHECK(logits.stride(-1) == 1 || logits.size(-1) == 1,
+              "logits: expected unit stride in the classes, got ", logits.stride(-1));
+}
+
+// Rows are those of cpu/rows.h or cuda/rows.h.
+template <class Rows> Rows rows_of(const Tensor& logits) {
+  Rows rows{};
+  rows.data = logits.const_data_ptr();
+  rows.classes = logits.size(-1);
+  rows.inner = std::max<int64_t>(1, logits.size(-2));
+  rows.outer_stride = logits.dim() == 3 ? logits.stride(0) : 0;
+  rows.inner_stride = logits.stride(-2);
+  return rows;
+}
+
+inline at::TensorOptions statistics_of(const Tensor& logits) {
+  return logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+inline void check_forward(const Tensor& logits, int64_t k) {
+  check_logits(logits);
+  TORCH_CHECK(1 <= k && k <= logits.size(-1), "k: expected 1 <= k <= ", logits.size(-1), ", got ",
+              k);
+}
+
+// Not filled yet.
+inline Outputs empty_outputs(const Tensor& logits, int64_t k) {
+  check_forward(logits, k);
+  auto shape = logits.sizes().slice(0, logits.dim() - 1).vec();
+  const auto statistics = statistics_of(logits);
+  Tensor loss = at::empty(shape, statistics), lse = at::empty(shape, statistics);
+  shape.push_back(k);
+  return {loss, lse, at::empty(shape, logits.options().dtype(at::kInt)),
+          at::empty(shape, statistics)};
+}
+
+template <class Forward> Forward forward_arguments(const Tensor& logits, const Tensor& target,
+                                                   const std::optional<Tensor>& weight, int64_t k,
+                                                   double label_smoothing, const Outputs& outputs) {
+  const auto& [loss, lse, indices, probs] = outputs;
+  Forward arguments{};
+  arguments.logits = rows_of<decltype(arguments.logits)>(logits);
+  arguments.k = k;
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.weight = pointer(weight);
+  arguments.label_smoothing = label_smoothing;
+  arguments.loss = loss.data_ptr();
+  arguments.lse = lse.data_ptr();
+  arguments.indices = indices.template data_ptr<int32_t>();
+  arguments.probs = probs.data_ptr();
+  return arguments;
+}
+
+// An upstream gradient may be expanded from a scalar; it has to outlive the arguments that point into it.
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& upstream) {
+  return upstream ? std::optional(upstream->contiguous()) : std::nullopt;
+}
+
+template <class Backward>
+Backward backward_arguments(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
+                            const std::optional<Tensor>& dprobs, const Tensor& target,
+                            const Tensor& indices, const Tensor& probs,
+                            const std::optional<Tensor>& weight, double label_smoothing,
+                            const Tensor& dlogits) {
+  Backward arguments{};
+  arguments.dloss = pointer(dloss);
+  arguments.dlse = pointer(dlse);
+  arguments.dprobs = pointer(dprobs);
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.indices = indices.const_data_ptr<int32_t>();
+  arguments.probs = probs.const_data_ptr();
+  arguments.weight = pointer(weight);
+  arguments.label_smoothing = label_smoothing;
+  arguments.k = indices.size(-1);
+  arguments.classes = dlogits.size(-1);
+  arguments.dlogits = dlogits.data_ptr();
+  arguments.dtype = dtype_of<decltype(arguments.dtype)>(dlogits.scalar_type());
+  return arguments;
+}
+
+// loss, lse, row_max, log_sum, cut, cut_index, kept
+using ThresholdOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Not filled yet.
+inline ThresholdOutputs empty_threshold_outputs(const Tensor& logits, int64_t k) {
+  check_forward(logits, k);
+  const auto shape = logits.sizes().slice(0, logits.dim() - 1);
+  const auto statistic = [&] { return at::empty(shape, statistics_of(logits)); };
+  const auto count = [&] { return at::empty(shape, logits.options().dtype(at::kInt)); };
+  return {statistic(), statistic(), statistic(), statistic(), statistic(), count(), count()};
+}
+
+template <class ThresholdForward>
+ThresholdForward threshold_forward_arguments(const Tensor& logits, const Tensor& target,
+                                             const std::optional<Tensor>& weight, int64_t k,
+                                             double delta, double label_smoothing,
+                                             const ThresholdOutputs& outputs) {
+  const auto& [loss, lse, row_max, log_sum, cut, cut_index, kept] = outputs;
+  ThresholdForward arguments{};
+  arguments.logits = rows_of<decltype(arguments.logits)>(logits);
+  arguments.k = k;
+  arguments.delta = delta;
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.weight = pointer(weight);
+  arguments.label_smoothing = label_smoothing;
+  arguments.loss = loss.data_ptr();
+  arguments.lse = lse.data_ptr();
+  arguments.row_max = row_max.data_ptr();
+  arguments.log_sum = log_sum.data_ptr();
+  arguments.cut = cut.data_ptr();
+  arguments.cut_index = cut_index.template data_ptr<int32_t>();
+  arguments.kept = kept.template data_ptr<int32_t>();
+  return arguments;
+}
+
+template <class ThresholdBackward> ThresholdBackward threshold_backward_arguments(
+    const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse, const Tensor& logits,
+    const Tensor& target, const Tensor& row_max, const Tensor& log_sum, const Tensor& cut,
+    const Tensor& cut_index, const Tensor& kept, const std::optional<Tensor>& weight,
+    double label_smoothing, const Tensor& dlogits) {
+  check_logits(logits);
+  ThresholdBackward arguments{};
+  arguments.dloss = pointer(dloss);
+  arguments.dlse = pointer(dlse);
+  arguments.logits = rows_of<decltype(arguments.logits)>(logits);
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.row_max = row_max.const_data_ptr();
+  arguments.log_sum = log_sum.const_data_ptr();
+  arguments.cut = cut.const_data_ptr();
+  arguments.cut_index = cut_index.const_data_ptr<int32_t>();
+  arguments.kept = kept.const_data_ptr<int32_t>();
+  arguments.weight = pointer(weight);
+  arguments.label_smoothing = label_smoothing;
+  arguments.dlogits = dlogits.data_ptr();
+  return arguments;
+}
+
+// Of sparse_linear; `rows` are those that are summed, of the weight or of hidden.
+inline void check_weighted_rows(const Tensor& coefficients, const Tensor& classes,
+                                const Tensor& rows, at::ScalarType dtype) {
+  const bool wide = rows.scalar_type() == at::kDouble;
+  TORCH_CHECK(coefficients.scalar_type() == (wide ? at::kDouble : at::kFloat) &&
+                  classes.scalar_type() == at::kInt && (dtype == at::kDouble) == wide,
+              "sparse_linear: expected float coefficients and int32 classes, and double only "
+              "beside double, got ",
+              coefficients.scalar_type(), ", ", classes.scalar_type(), ", ", rows.scalar_type(),
+              ", ", dtype);
+  TORCH_CHECK(coefficients.dim() == 2 && coefficients.sizes() == classes.sizes() &&
+                  rows.dim() == 2 && coefficients.is_contiguous() && classes.is_contiguous() &&
+                  rows.is_contiguous(),
+              "sparse_linear: expected contiguous (N, m) coefficients and classes, and two "
+              "dimensions of rows, got ",
+              coefficients.sizes(), ", ", classes.sizes(), ", ", rows.sizes());
+}
+
+}  // namespace sparse_ce

@@ -1,0 +1,34 @@
+"""Fused kernels for output layers with many classes."""
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("sparse_ce needs PyTorch 2.11 or later: install torch first") from error
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(f"sparse_ce needs PyTorch 2.11 or later, found {torch.__version__}")
+
+from .adaptive import AdaptiveSupport, adaptive_sparse_ce
+from .continuous import continuous_output_loss
+from .functional import fused_sparse_ce, sparse_softmax
+from .linear import fused_linear_sparse_ce
+from .modules import ContinuousOutputHead, SparseCrossEntropyLoss, SparseLinearCrossEntropy
+from .plif import MonotonicPLIF
+from .schedule import AdaptiveAccumulation, KSchedule
+from .support import Support
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdaptiveAccumulation",
+    "AdaptiveSupport",
+    "ContinuousOutputHead",
+    "KSchedule",
+    "MonotonicPLIF",
+    "SparseCrossEntropyLoss",
+    "SparseLinearCrossEntropy",
+    "Support",
+    "adaptive_sparse_ce",
+    "continuous_output_loss",
+    "fused_linear_sparse_ce",
+    "fused_sparse_ce",
+    "sparse_softmax",
+]

@@ -1,0 +1,403 @@
+"""Every error that a caller can cause: "name: expected ..., got ...". Nothing here waits for a
+GPU.
+"""
+
+import math
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+
+LOGIT_DTYPES = backends.ALL_DTYPES
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _no_dtensor(name: str, value: object) -> None:
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain torch.Tensor, got a DTensor; classes sharded over "
+            "ranks need vocab_parallel_sparse_ce, else pass the local tensor, to_local()"
+        )
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def logits(value: Tensor) -> None:
+    _no_dtensor("logits", value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"logits: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"logits: expected float32, bfloat16, float16 or float64, got {value.dtype}"
+        )
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(value.shape)}")
+
+
+def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
+    _no_dtensor("target", value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target: expected int64 or int32 class indices, got {value.dtype}")
+    if value.device != logits.device:
+        raise ValueError(
+            f"target: expected the device of {beside}, {logits.device}, got {value.device}"
+        )
+    rows = logits.shape[:-1]
+    if value.shape != rows:
+        message = f"target: expected shape {tuple(rows)}, got {tuple(value.shape)}"
+        if logits.dim() >= 3 and value.shape == (logits.shape[0], *logits.shape[2:]):
+            message += (
+                "; these shapes fit the (N, C, d1, ...) layout of F.cross_entropy, here the "
+                "classes come last: pass logits.movedim(1, -1)"
+            )
+        raise ValueError(message)
+
+
+def target_range(value: Tensor, num_classes: int, ignore_index: int) -> None:
+    """A class out of range is an IndexError where looking costs no synchronisation: on the CPU, or
+    with SPARSE_CE_DEBUG=1.
+
+    Elsewhere, and in a compiled graph, such a row's loss is NaN and its gradient zero.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if value.device.type != "cpu" and os.environ.get("SPARSE_CE_DEBUG", "0") != "1":
+        return
+    if value.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(value)
+    if lowest >= 0 and highest < num_classes:
+        return
+    wrong = ((value < 0) | (value >= num_classes)) & (value != ignore_index)
+    if bool(wrong.any()):
+        place = wrong.nonzero()[0]
+        where = ", ".join(str(int(i)) for i in place) if value.dim() else ""
+        raise IndexError(
+            f"target: expected classes in [0, {num_classes}) or ignore_index={ignore_index}, "
+            f"got {int(value[tuple(place)])} at target[{where}]"
+        )
+
+
+def k(value: int | None, optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        kinds = "an int or None (the dense softmax)" if optional else "an int"
+        raise TypeError(f"k: expected {kinds}, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"k: expected 1 <= k, got {value}")
+
+
+def weight(value: Tensor | None, logits: Tensor) -> None:
+    _class_weight("weight", value, logits.shape[-1], "logits", logits.device)
+
+
+def class_weight(value: Tensor | None, weight: Tensor) -> None:
+    _class_weight("class_weight", value, weight.shape[0], "weight", weight.device)
+
+
+def _class_weight(
+    name: str, value: Tensor | None, num_classes: int, beside: str, device: torch.device
+) -> None:
+    if value is None:
+        return
+    _no_dtensor(name, value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+    if value.shape != (num_classes,):
+        raise ValueError(
+            f"{name}: expected shape ({num_classes},), one weight per class, "
+            f"got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name}: expected the device of {beside}, {device}, got {value.device}")
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor without requires_grad, got one that needs a gradient"
+        )
+
+
+def plif(num_cells: int, bound: float, init_std: float) -> None:
+    """The arguments of MonotonicPLIF."""
+    if isinstance(num_cells, bool) or not isinstance(num_cells, int):
+        raise TypeError(f"num_cells: expected an int, got {type(num_cells).__name__}")
+    # beyond it float32 does not number the cells
+    if not 1 <= num_cells <= 2**24:
+        raise ValueError(f"num_cells: expected 1 <= num_cells <= 2^24, got {num_cells}")
+    for name, value in (("bound", bound), ("init_std", init_std)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not 0 < bound < math.inf:
+        raise ValueError(f"bound: expected 0 < bound, finite, got {bound}")
+    if not 0 <= init_std < math.inf:
+        raise ValueError(f"init_std: expected 0 <= init_std, finite, got {init_std}")
+
+
+def plif_input(value: Tensor, w: Tensor) -> None:
+    _no_dtensor("x", value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.device != w.device:
+        raise ValueError(f"x: expected the device of w, {w.device}, got {value.device}")
+
+
+def link(value: nn.Module, kind: type[nn.Module], logits: Tensor) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"link: expected a {kind.__name__} or None, got {type(value).__name__}")
+    device = next(value.parameters()).device
+    if device != logits.device:
+        raise ValueError(f"link: expected the device of logits, {logits.device}, got {device}")
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The three tensors of an output layer."""
+    given = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias})}
+    for name, value in given.items():
+        _no_dtensor(name, value)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}"
+            )
+        if value.device != hidden.device:
+            raise ValueError(
+                f"{name}: expected the device of hidden, {hidden.device}, got {value.device}"
+            )
+        if (value.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            raise TypeError(
+                f"{name}: expected float64 beside float64 and nowhere else, got {value.dtype} "
+                f"beside {hidden.dtype}"
+            )
+    if hidden.dim() == 0:
+        raise ValueError("hidden: expected shape (..., D), got ()")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight: expected shape (V, {hidden.shape[-1]}) with V >= 1, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: expected shape ({weight.shape[0]},) or None, got {tuple(bias.shape)}"
+        )
+
+
+def weight_grad(value: str) -> None:
+    _choice("weight_grad", value, ("dense", "row_sparse"))
+
+
+def backward(value: str) -> None:
+    _choice("backward", value, ("auto", "sparse", "dense"))
+
+
+def chunk_bytes(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"chunk_bytes: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"chunk_bytes: expected 1 <= chunk_bytes, got {value}")
+
+
+def ignore_index(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
+
+
+def label_smoothing(value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"label_smoothing: expected a float, got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {value}")
+
+
+def delta(value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"delta: expected a float, got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"delta: expected 0 <= delta <= 1, got {value}")
+
+
+def labels(
+    value: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    return_support: bool,
+) -> None:
+    """Several labels per row: a target of the shape of the logits, and the options that it has."""
+    _no_dtensor("target", value)
+    if value.device != logits.device:
+        raise ValueError(
+            f"target: expected the device of logits, {logits.device}, got {value.device}"
+        )
+    if value.requires_grad:
+        raise ValueError("target: expected a tensor without requires_grad, got one with it")
+    for name, given, default in (
+        ("weight", weight, None),
+        ("ignore_index", ignore_index, -100),
+        ("label_smoothing", label_smoothing, 0.0),
+        ("return_support", return_support, False),
+    ):
+        if given is not default and given != default:
+            raise ValueError(
+                f"{name}: expected {default!r} where target has the shape of logits, several "
+                f"labels per row, got {given!r}"
+            )
+
+
+def accumulation(scale: float, max_steps: int) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
+    if not scale > 0:
+        raise ValueError(f"scale: expected scale > 0, got {scale}")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
+        raise TypeError(f"max_steps: expected an int, got {type(max_steps).__name__}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps: expected max_steps >= 1, got {max_steps}")
+
+
+def reduction(value: str) -> None:
+    _choice("reduction", value, REDUCTIONS)
+
+
+def backend(value: str) -> None:
+    _choice("backend", value, ("auto", *backends.NAMES))
+
+
+def dim(value: int, logits: Tensor) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"dim: expected an int, got {type(value).__name__}")
+    if not -logits.dim() <= value < logits.dim():
+        raise IndexError(f"dim: expected -{logits.dim()} <= dim < {logits.dim()}, got {value}")
+
+
+def schedule(num_classes: int, k: int, warmup_steps: int, anneal_steps: int) -> None:
+    for name, value, least in (
+        ("num_classes", num_classes, 1),
+        ("k", k, 1),
+        ("warmup_steps", warmup_steps, 0),
+        ("anneal_steps", anneal_steps, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
+
+
+def options(value: dict[str, object], linear: bool = False) -> None:
+    """The keyword options that a module passes on to fused_sparse_ce, or to fused_linear_sparse_ce,
+    checked where the module is made.
+    """
+    known: dict[str, Callable[..., None]] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "reduction": reduction,
+        "return_support": lambda _: None,
+        "backend": backend,
+    }
+    if linear:
+        known |= {"weight_grad": weight_grad, "backward": backward, "chunk_bytes": chunk_bytes}
+    _options(value, known)
+
+
+def _options(value: dict[str, object], known: dict[str, Callable[..., None]]) -> None:
+    for name, option in value.items():
+        if name not in known:
+            raise TypeError(f"{name}: expected one of the options {', '.join(known)}, got {name!r}")
+        known[name](option)
+
+
+def output(value: Tensor) -> None:
+    _vectors("output", value)
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"output: expected shape (..., D) with D >= 1, got {tuple(value.shape)}")
+
+
+def table(name: str, value: Tensor, output: Tensor | None = None) -> None:
+    """Vectors that targets name, beside the output that is compared with them."""
+    _vectors(name, value)
+    width = "D" if output is None else output.shape[-1]
+    if value.dim() != 2 or 0 in value.shape or width not in ("D", value.shape[1]):
+        raise ValueError(
+            f"{name}: expected shape (V, {width}) with V >= 1, got {tuple(value.shape)}"
+        )
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor without requires_grad, got one that needs a gradient: "
+            f"the vectors are frozen, pass {name}.detach()"
+        )
+    if output is None:
+        return
+    if value.device not in (output.device, torch.device("cpu")):
+        raise ValueError(
+            f"{name}: expected the device of output, {output.device}, or cpu, got {value.device}"
+        )
+    if (value.dtype == torch.float64) != (output.dtype == torch.float64):
+        raise TypeError(
+            f"{name}: expected float64 beside float64 and nowhere else, got {value.dtype} beside "
+            f"{output.dtype}"
+        )
+
+
+def _vectors(name: str, value: Tensor) -> None:
+    _no_dtensor(name, value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}"
+        )
+
+
+def distance(value: str) -> None:
+    _choice("distance", value, ("cosine", "l2"))
+
+
+def unk(value: int | None, embedding: Tensor, ignore_index: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"unk: expected an int or None, got {type(value).__name__}")
+    if not 0 <= value < embedding.shape[0] or value == ignore_index:
+        raise ValueError(
+            f"unk: expected a row in [0, {embedding.shape[0]}) other than "
+            f"ignore_index={ignore_index}, got {value}"
+        )
+    if not bool(embedding[value].any()):
+        raise ValueError(f"unk: expected a row that is not zero itself, got {value}")
+
+
+def row_vectors(value: Tensor | None, output: Tensor) -> Tensor:
+    """The vectors that a head is given instead of a target."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"target_vectors: expected a torch.Tensor where target is None, "
+            f"got {type(value).__name__}"
+        )
+    if value.shape != output.shape:
+        raise ValueError(
+            f"target_vectors: expected shape {tuple(output.shape)}, a vector for each row, where "
+            f"target is None, got {tuple(value.shape)}"
+        )
+    return value
+
+
+def continuous_options(value: dict[str, object]) -> None:
+    """As `options`, of a head that passes them on to continuous_output_loss."""
+    known: dict[str, Callable[..., None]] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "backend": backend,
+    }
+    _options(value, known)

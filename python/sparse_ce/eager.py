@@ -1,0 +1,420 @@
+"""The contract of schema.py in tensor operations: any device, any dtype, any k. Right first; rows
+in chunks to bound memory.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .schema import statistics_dtype
+
+# Elements of the (rows, V) temporaries that exist at a time; eight bytes each.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def _chunks(rows: int, num_classes: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // num_classes)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _ordered_keys(z: Tensor) -> Tensor:
+    """(N, V) float of at most 32 bits -> distinct int64 whose descending order is (value desc,
+    index asc).
+    """
+    bits = z.float().view(torch.int32).long()
+    magnitude = (bits & 0x7FFFFFFF).clamp_(max=0x7F800001)  # every NaN is the one above +inf
+    nan = magnitude == 0x7F800001
+    value = torch.where((bits < 0) & ~nan, -magnitude, magnitude)  # -0 equals +0
+    position = torch.arange(z.shape[-1] - 1, -1, -1, device=z.device)
+    return (value << 32) + position
+
+
+def _topk_indices(z: Tensor, k: int) -> Tensor:
+    """(N, V) -> (N, k) int64: the k first classes in the order (value desc, index asc), NaN
+    largest.
+    """
+    if z.dtype == torch.float64:
+        # no room to pack an index beside 64 bits of value; adding 0 turns -0 into +0
+        return torch.sort(z + 0.0, dim=-1, descending=True, stable=True).indices[..., :k]
+    keys = torch.topk(_ordered_keys(z), k, dim=-1, sorted=True).values
+    return z.shape[-1] - 1 - (keys & 0xFFFFFFFF)
+
+
+def _target_terms(
+    z: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hit (N) bool, target clamped into range (N), its logit (N), its weight (N)."""
+    num_classes = z.shape[-1]
+    hit = (target >= 0) & (target < num_classes)
+    y = target.clamp(0, num_classes - 1)
+    z_y = z.gather(-1, y.unsqueeze(-1)).squeeze(-1).to(statistics_dtype(z.dtype))
+    return hit, y, z_y, torch.ones_like(z_y) if weight is None else weight[y]
+
+
+def topk_ce_fwd(
+    logits: Tensor, target: Tensor, weight: Tensor | None, k: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, num_classes = logits.shape[:-1], logits.shape[-1]
+    dtype = statistics_dtype(logits.dtype)
+    flat, flat_target = logits.flatten(0, -2), target.flatten()
+    loss, lse = (logits.new_empty(flat.shape[0], dtype=dtype) for _ in range(2))
+    indices = logits.new_empty((flat.shape[0], k), dtype=torch.int32)
+    probs = logits.new_empty((flat.shape[0], k), dtype=dtype)
+    for part in _chunks(flat.shape[0], num_classes):
+        z = flat[part]
+        index = _topk_indices(z, k)
+        values = z.gather(-1, index).to(dtype)
+        row_max = values[:, 0]
+        shifted = values - row_max.unsqueeze(-1)
+        log_sum = shifted.exp().sum(-1).log()
+        hit, _, z_y, w_y = _target_terms(z, flat_target[part], weight)
+        # the row maximum leaves both terms before they meet: m + log l - z_y would cancel at large
+        # offsets
+        row_loss = w_y * (log_sum - (z_y - row_max))
+        if label_smoothing:
+            nll = log_sum.unsqueeze(-1) - shifted
+            spread = (nll if weight is None else nll * weight[index]).sum(-1)
+            row_loss = (1 - label_smoothing) * row_loss + label_smoothing / k * spread
+        loss[part] = row_loss.masked_fill(~hit, torch.nan)
+        lse[part] = row_max + log_sum
+        indices[part] = index.int()
+        probs[part] = (shifted - log_sum.unsqueeze(-1)).exp()
+    return loss.view(rows), lse.view(rows), indices.view(*rows, k), probs.view(*rows, k)
+
+
+def topk_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    index = indices.long()
+    hit = (target >= 0) & (target < num_classes)
+    y = target.clamp(0, num_classes - 1)
+    share = probs.new_zeros(target.shape) if dlse is None else dlse
+    at_target = torch.zeros_like(share)
+    spread = None
+    if dloss is not None:
+        a = torch.where(hit, dloss, 0)
+        at_target = a * (1 - label_smoothing) * (1 if weight is None else weight[y])
+        share = share + at_target
+        if label_smoothing:
+            w = torch.ones_like(probs) if weight is None else weight[index]
+            spread = (a * (label_smoothing / probs.shape[-1])).unsqueeze(-1) * w
+            share = share + spread.sum(-1)
+    factor = share.unsqueeze(-1)
+    if dprobs is not None:
+        factor = factor + dprobs - torch.where(dprobs == 0, 0, dprobs * probs).sum(-1, keepdim=True)
+    # a row without upstream gradient stays 0 where p is NaN
+    g = torch.where(factor == 0, 0, probs * factor)
+    if spread is not None:
+        g = g - spread
+    is_target = (index == y.unsqueeze(-1)) & hit.unsqueeze(-1)
+    g = torch.where(is_target, g - at_target.unsqueeze(-1), g)
+    dlogits = probs.new_zeros((*target.shape, num_classes), dtype=dtype)
+    dlogits.scatter_(-1, index, g.to(dtype))
+    # where the target is outside the support its own place gets the value, elsewhere the first
+    # place is written again
+    outside = hit & ~is_target.any(-1)
+    place = torch.where(outside, y, index[..., 0])
+    value = torch.where(outside, -at_target, g[..., 0])
+    return dlogits.scatter_(-1, place.unsqueeze(-1), value.unsqueeze(-1).to(dtype))
+
+
+def _kept(z: Tensor, cut: Tensor, cut_index: Tensor) -> Tensor:
+    """(N, V) bool: above the cut, or at it and not after its index. A NaN is neither below nor at a
+    cut.
+    """
+    classes = torch.arange(z.shape[-1], device=z.device)
+    below = (z < cut.unsqueeze(-1)) | (cut.isnan().unsqueeze(-1) & ~z.isnan())
+    at_cut = (z == cut.unsqueeze(-1)) | (cut.isnan().unsqueeze(-1) & z.isnan())
+    return ~below & ~(at_cut & (classes > cut_index.unsqueeze(-1)))
+
+
+def _bound(z: Tensor, row_max: Tensor, hit: Tensor, z_y: Tensor, delta: float) -> Tensor:
+    """(N): kept is what is not below it, of z - row_max: log(p_y - delta) on all classes, or -inf.
+
+    Source: Lv et al., Adaptive Sparse Softmax, arXiv 2508.03175.
+    """
+    log_sum = (z - row_max.unsqueeze(-1)).exp().sum(-1).log()
+    rest = (z_y - row_max - log_sum).exp() - delta
+    return torch.where(hit & (rest > 0), log_sum + rest.log(), -torch.inf)
+
+
+def threshold_ce_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    k: int,
+    delta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    rows, num_classes = logits.shape[:-1], logits.shape[-1]
+    dtype = statistics_dtype(logits.dtype)
+    flat, flat_target = logits.flatten(0, -2), target.flatten()
+    loss, lse, row_max, log_sum = (logits.new_empty(flat.shape[0], dtype=dtype) for _ in range(4))
+    cut = logits.new_full((flat.shape[0],), -torch.inf, dtype=dtype)
+    cut_index = logits.new_full((flat.shape[0],), num_classes - 1, dtype=torch.int32)
+    kept = logits.new_full((flat.shape[0],), k, dtype=torch.int32)
+    for part in _chunks(flat.shape[0], num_classes):
+        z = flat[part]
+        if k < num_classes:
+            last = _topk_indices(z, k)[:, -1]
+            cut_index[part] = last.int()
+            cut[part] = z.gather(-1, last.unsqueeze(-1)).squeeze(-1).to(dtype)
+        hit, y, z_y, w_y = _target_terms(z, flat_target[part], weight)
+        z = z.to(dtype)
+        row_max[part] = z.amax(-1)
+        shifted = z - row_max[part].unsqueeze(-1)
+        keep = _kept(z, cut[part], cut_index[part])
+        if delta < 1:
+            bound = _bound(z, row_max[part], hit, z_y, delta).unsqueeze(-1)
+            classes = torch.arange(num_classes, device=z.device)
+            keep = ~(shifted < bound) | (hit.unsqueeze(-1) & (classes == y.unsqueeze(-1)))
+            # the least of those that are kept describes them: equal logits are kept together
+            cut[part] = z.masked_fill(~keep | (bound == -torch.inf), torch.inf).amin(-1)
+            cut[part] = torch.where(bound.squeeze(-1) == -torch.inf, -torch.inf, cut[part])
+            kept[part] = keep.sum(-1, dtype=torch.int32)
+        shifted = shifted.masked_fill_(~keep, -torch.inf)
+        log_sum[part] = shifted.exp().sum(-1).log()
+        row_loss = w_y * (log_sum[part] - (z_y - row_max[part]))
+        if label_smoothing:
+            nll = (log_sum[part].unsqueeze(-1) - shifted).masked_fill_(~keep, 0)
+            spread = (nll if weight is None else nll * weight).sum(-1)
+            spread = spread / kept[part]
+            row_loss = (1 - label_smoothing) * row_loss + label_smoothing * spread
+        loss[part] = row_loss.masked_fill(~hit, torch.nan)
+        lse[part] = row_max[part] + log_sum[part]
+    outputs = (loss, lse, row_max, log_sum, cut, cut_index, kept)
+    return tuple(output.view(rows) for output in outputs)
+
+
+def threshold_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    cut: Tensor,
+    cut_index: Tensor,
+    kept: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    num_classes = logits.shape[-1]
+    flat, flat_target = logits.flatten(0, -2), target.flatten()
+    a = torch.zeros_like(row_max).flatten() if dloss is None else dloss.flatten()
+    b = torch.zeros_like(row_max).flatten() if dlse is None else dlse.flatten()
+    row_max, log_sum, cut = (t.flatten() for t in (row_max, log_sum, cut))
+    cut_index, kept = cut_index.flatten(), kept.flatten()
+    dlogits = logits.new_empty(flat.shape)
+    for part in _chunks(flat.shape[0], num_classes):
+        z = flat[part].to(row_max.dtype)
+        keep = _kept(z, cut[part], cut_index[part])
+        hit, y, z_y, w_y = _target_terms(z, flat_target[part], weight)
+        # the loss of a row that keeps nothing but its target is 0
+        alone = (kept[part] == 1) & (log_sum[part] == 0)  # or NaN, at +inf
+        alone &= (z_y == row_max[part]) & (y <= cut_index[part])
+        row_a = torch.where(hit & ~alone, a[part], 0)
+        at_target = row_a * (1 - label_smoothing) * w_y
+        share = b[part] + at_target
+        spread = None
+        if label_smoothing:
+            w = keep.to(z.dtype) if weight is None else keep * weight
+            spread = (row_a * label_smoothing / kept[part]).unsqueeze(-1) * w
+            share = share + spread.sum(-1)
+        p = ((z - row_max[part].unsqueeze(-1)) - log_sum[part].unsqueeze(-1)).exp_()
+        g = (p * share.unsqueeze(-1)).masked_fill_(~keep | (share == 0).unsqueeze(-1), 0)
+        if spread is not None:
+            g -= spread
+        g.scatter_add_(-1, y.unsqueeze(-1), -at_target.unsqueeze(-1))
+        dlogits[part] = g.to(dlogits.dtype)
+    return dlogits.view(logits.shape)
+
+
+def _cells(x: Tensor, num_cells: int, bound: float) -> Tensor:
+    place = (x + bound) * (num_cells / (2 * bound))
+    return torch.where(place > 0, place, 0).clamp_(max=num_cells - 1).long()
+
+
+def plif_fwd(x: Tensor, slopes: Tensor, offsets: Tensor, bound: float) -> Tensor:
+    z = x.to(slopes.dtype)
+    cell = _cells(z, slopes.shape[0], bound)
+    return (slopes[cell] * z + offsets[cell]).to(x.dtype)
+
+
+def plif_bwd(
+    dy: Tensor, x: Tensor, slopes: Tensor, bound: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_cells = slopes.shape[0]
+    cell = _cells(x.to(slopes.dtype), num_cells, bound)
+    dx = (dy.to(slopes.dtype) * slopes[cell]).to(x.dtype)
+    sums = x.new_zeros((num_cells if scale is not None else 0, 2), dtype=torch.int64)
+    outside = x.new_zeros(2, dtype=torch.float64)
+    if scale is not None:
+        g, z = dy.double().flatten(), x.double().flatten()
+        cell = cell.flatten()
+        share = ((z + bound) * (num_cells / (2 * bound)) - cell).clamp(0, 1).nan_to_num(0)
+        mass = g * scale
+        sums.index_add_(0, cell, torch.stack([mass, mass * share], -1).long())
+        beyond = torch.where(g == 0, 0, g * (z - z.clamp(-bound, bound)))
+        outside[0] = torch.where(z > 0, 0, beyond).sum()
+        outside[1] = torch.where(z > 0, beyond, 0).sum()
+    return dx, sums, outside
+
+
+def plif_ce_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    offsets: Tensor,
+    bound: float,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    rows, num_classes = logits.shape[:-1], logits.shape[-1]
+    flat, flat_target = logits.flatten(0, -2), target.flatten()
+    outputs = tuple(slopes.new_empty(flat.shape[0]) for _ in range(4))
+    for part in _chunks(flat.shape[0], num_classes):
+        f = plif_fwd(flat[part].to(slopes.dtype), slopes, offsets, bound)
+        found = threshold_ce_fwd(f, flat_target[part], weight, num_classes, 1.0, label_smoothing)
+        for output, values in zip(outputs, found, strict=False):
+            output[part] = values
+    return tuple(output.view(rows) for output in outputs)
+
+
+def plif_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    offsets: Tensor,
+    bound: float,
+    label_smoothing: float,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_classes = logits.shape[-1]
+    flat, flat_target = logits.flatten(0, -2), target.flatten()
+    a, b = (None if d is None else d.flatten() for d in (dloss, dlse))
+    row_max, log_sum = row_max.flatten(), log_sum.flatten()
+    cut = torch.full_like(row_max, -torch.inf)
+    cut_index = torch.full_like(flat_target, num_classes - 1, dtype=torch.int32)
+    dlogits = logits.new_empty(flat.shape)
+    sums = logits.new_zeros((slopes.shape[0] if scale is not None else 0, 2), dtype=torch.int64)
+    outside = logits.new_zeros(2, dtype=torch.float64)
+    for part in _chunks(flat.shape[0], num_classes):
+        z = flat[part].to(slopes.dtype)
+        df = threshold_ce_bwd(
+            None if a is None else a[part],
+            None if b is None else b[part],
+            plif_fwd(z, slopes, offsets, bound),
+            flat_target[part],
+            row_max[part],
+            log_sum[part],
+            cut[part],
+            cut_index[part],
+            cut_index[part] + 1,
+            weight,
+            label_smoothing,
+        )
+        dz, more, beyond = plif_bwd(df, z, slopes, bound, scale)
+        dlogits[part] = dz.to(dlogits.dtype)
+        sums += more
+        outside += beyond
+    return dlogits.view(logits.shape), sums, outside
+
+
+def sparse_linear_buffer(like: Tensor, rows: int, num_classes: int) -> Tensor:
+    return like.new_empty((rows, num_classes))
+
+
+def sparse_linear_dhidden(
+    coefficients: Tensor, classes: Tensor, weight: Tensor, dtype: torch.dtype
+) -> Tensor:
+    rows, m = coefficients.shape
+    dhidden = weight.new_empty((rows, weight.shape[1]), dtype=dtype)
+    for part in _chunks(rows, m * weight.shape[1]):
+        g = coefficients[part].unsqueeze(-1)
+        terms = weight[classes[part].long()].to(g.dtype) * g
+        dhidden[part] = terms.masked_fill_(g == 0, 0).sum(1).to(dtype)
+    return dhidden
+
+
+def sparse_linear_dweight(
+    coefficients: Tensor, classes: Tensor, hidden: Tensor, num_classes: int, dtype: torch.dtype
+) -> Tensor:
+    sums = hidden.new_zeros((num_classes, hidden.shape[1]), dtype=coefficients.dtype)
+    m = coefficients.shape[-1]
+    for part in _chunks(coefficients.shape[0], m * hidden.shape[1]):
+        g, index = coefficients[part].unsqueeze(-1), classes[part].flatten().long()
+        terms = (g * hidden[part].to(g.dtype).unsqueeze(1)).masked_fill_(g == 0, 0).flatten(0, 1)
+        # two ways to add up what is deterministic, each on one kind of device
+        if sums.device.type == "cpu":
+            sums.index_add_(0, index, terms)
+        else:
+            sums.index_put_((index,), terms, accumulate=True)
+    return sums.to(dtype)
+
+
+def _vectors(target: Tensor, embedding: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """hit (N) bool, the vectors of the targets (N, D)."""
+    vectors = embedding.shape[0]
+    hit = (target >= 0) & (target < vectors)
+    return hit, embedding[target.clamp(0, vectors - 1)].to(dtype)
+
+
+def cosine_fwd(
+    output: Tensor, target: Tensor, embedding: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(output.dtype)
+    c = output.to(dtype)
+    hit, e = _vectors(target, embedding, dtype)
+    if normalize:
+        cc, ee, ce = (c * c).sum(-1), (e * e).sum(-1), (c * e).sum(-1)
+        smallest = torch.finfo(dtype).tiny
+        directed = ~((cc < smallest) | (ee < smallest))
+        # |c| / |c|^2 and not 1 / |c|: a sum of squares that overflows gives NaN, not 0
+        by_target = -(cc.sqrt() / cc) * (ee.sqrt() / ee)
+        similarity = -ce * by_target
+        by_output = similarity / cc
+        by_output, by_target, similarity = (
+            torch.where(directed, t, 0) for t in (by_output, by_target, similarity)
+        )
+        loss = 1 - similarity
+    else:
+        loss = (c - e).square().sum(-1) / 2
+        by_output, by_target = torch.ones_like(loss), -torch.ones_like(loss)
+    return (
+        loss.masked_fill_(~hit, torch.nan),
+        by_output.masked_fill_(~hit, 0),
+        by_target.masked_fill_(~hit, 0),
+    )
+
+
+def cosine_bwd(
+    dloss: Tensor,
+    output: Tensor,
+    target: Tensor,
+    embedding: Tensor,
+    by_output: Tensor,
+    by_target: Tensor,
+) -> Tensor:
+    hit, e = _vectors(target, embedding, dloss.dtype)
+    gradient = by_output.unsqueeze(-1) * output.to(dloss.dtype) + by_target.unsqueeze(-1) * e
+    # what is not counted stays 0 where the output is NaN
+    counted = hit & (dloss != 0) & (by_target != 0)
+    doutput = torch.where(counted.unsqueeze(-1), dloss.unsqueeze(-1) * gradient, 0)
+    return doutput.to(output.dtype).contiguous()

@@ -1,0 +1,218 @@
+"""The public functions: check, resolve the backend, run the operator, reduce. No mathematics of
+their own.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, ops, schema
+from .plif import MonotonicPLIF, plif_topk_ce_fwd
+from .support import Support
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """(..., V) -> (N, V) or (B, T, V) with unit stride in V: a view wherever the strides allow
+    one.
+    """
+    if logits.dim() == 1:
+        logits = logits.unsqueeze(0)
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    return logits.flatten(0, -2) if logits.dim() > 3 else logits
+
+
+# Branches, not comparisons: under torch.compile k may be symbolic, and a branch turns the answer
+# into a guard.
+def is_large(k: int) -> bool:
+    return True if k > backends.MAX_LIST_K else False
+
+
+def is_fewer(k: int, num_classes: int) -> bool:
+    return True if k < num_classes else False
+
+
+@overload
+def fused_sparse_ce(
+    logits: Tensor,
+    target: Tensor,
+    k: int | None,
+    *,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    link: MonotonicPLIF | None = ...,
+    reduction: str = ...,
+    return_support: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def fused_sparse_ce(
+    logits: Tensor,
+    target: Tensor,
+    k: int | None,
+    *,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    link: MonotonicPLIF | None = ...,
+    reduction: str = ...,
+    return_support: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Support]: ...
+def fused_sparse_ce(
+    logits: Tensor,
+    target: Tensor,
+    k: int | None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    link: MonotonicPLIF | None = None,
+    reduction: str = "mean",
+    return_support: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Support]:
+    """Cross-entropy of the softmax over the k largest logits of each row; its gradient has at most
+    k + 1 non-zeros per row.
+
+    ``loss = logsumexp(z_i for i in S) - z_target`` with S the k classes of the largest (logit, then
+    smallest index); the target need not be in S. Source: Sun et al., Sparse-softmax, arXiv
+    2112.12433, eq. 5. ``k >= V`` equals ``F.cross_entropy``; ``k = 1`` is the multiclass perceptron
+    loss.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, classes last, any strides. Never
+            written to.
+        target: (...) int64 or int32 class indices.
+        k: how many classes to keep; None or ``k >= V``: all of them, the dense softmax.
+        weight: (V,) weight of each class, as in ``F.cross_entropy``; "mean" divides by the weights
+            of the targets.
+        ignore_index: rows with this target have loss 0 and gradient 0, even where their logits are
+            NaN.
+        label_smoothing: share of the target's probability that is spread uniformly over S, in [0,
+            1].
+        link: a ``MonotonicPLIF`` f: the loss of f(logits), which are never stored. It keeps the
+            order, so that S stays the same and k + 1 logits of a row go through it; the Support's
+            probabilities and log-sum-exp are those of f(logits). Without second derivatives; lists
+            k beyond 1024, as ``return_support`` does.
+        reduction: "mean" over the rows that are not ignored (0 when all are), "sum" or "none".
+        return_support: also return the ``Support``: kept classes, probabilities, log-sum-exp.
+        backend: "auto", "triton", "cuda", "cpu" or "eager". A named backend runs or raises.
+
+    Returns:
+        The loss, a scalar or (...) for "none", float32 (float64 for float64 logits); with
+        ``return_support`` the pair (loss, Support).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+        IndexError: on the CPU, a target outside [0, V). On a GPU and in a compiled graph the loss
+            of that row is NaN and its gradient 0; ``SPARSE_CE_DEBUG=1`` looks and raises there too.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    checks.logits(logits)
+    checks.target(target, logits)
+    checks.k(k)
+    checks.weight(weight, logits)
+    checks.ignore_index(ignore_index)
+    checks.label_smoothing(label_smoothing)
+    if link is not None:
+        checks.link(link, MonotonicPLIF, logits)
+    checks.reduction(reduction)
+    checks.backend(backend)
+    num_classes = logits.shape[-1]
+    checks.target_range(target, num_classes, ignore_index)
+    k = num_classes if k is None else min(k, num_classes)
+
+    rows = as_rows(logits)
+    row_target = target.reshape(rows.shape[:-1]).to(torch.int64).contiguous()
+    if weight is not None:
+        weight = weight.to(schema.statistics_dtype(logits.dtype)).contiguous()
+    large_k = is_large(k)
+    fewer = is_fewer(k, num_classes)
+    listed = return_support or (fewer and (not large_k or link is not None))
+    name = backends.resolve(backend, logits.device.type, logits.dtype, listed and large_k)
+    arguments: Any = (rows, row_target, weight)
+    if link is not None:
+        arguments = (*arguments, *link.tables(logits.dtype), link.bound)
+    support = None
+    if listed:
+        op: Any = ops.topk_ce_fwd if link is None else plif_topk_ce_fwd
+        loss, lse, indices, probs = op(*arguments, k, float(label_smoothing), name)[:4]
+        shape = (*target.shape, k)
+        support = Support(
+            indices.view(shape), probs.view(shape), lse.view(target.shape), num_classes
+        )
+    elif link is not None:
+        loss = ops.plif_ce_fwd(*arguments, float(label_smoothing), name)[0]
+    else:
+        loss = ops.threshold_ce_fwd(*arguments, k, 1.0, float(label_smoothing), name)[0]
+    reduced = reduce(loss, row_target, weight, ignore_index, reduction)
+    if reduction == "none":
+        reduced = reduced.view(target.shape)
+    return (reduced, support) if return_support and support is not None else reduced
+
+
+def reduce(
+    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    ignored = target == ignore_index
+    loss = loss.masked_fill(ignored, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    counted = ignored.numel() - ignored.sum()
+    if weight is None:
+        return loss.sum() / counted.clamp(min=1)
+    share = weight[target.clamp(0, weight.shape[0] - 1)].masked_fill(ignored, 0.0).sum()
+    return loss.sum() / torch.where(counted > 0, share, torch.ones_like(share))
+
+
+def sparse_softmax(logits: Tensor, k: int, dim: int = -1, *, backend: str = "auto") -> Tensor:
+    """Softmax over the k largest entries along ``dim``, exact zeros elsewhere; differentiable.
+
+    The k kept entries are those of the largest (value, then smallest index). Source: Sun et al.,
+    Sparse-softmax, arXiv 2112.12433, eq. 4. It is computed as what it is, the gradient of the top-k
+    log-sum-exp.
+
+    Args:
+        logits: float32, bfloat16, float16 or float64, any shape and strides.
+        k: how many entries to keep; ``k >= logits.shape[dim]`` is ``torch.softmax``.
+        dim: the dimension that sums to one.
+        backend: "auto", "triton", "cuda", "cpu" or "eager".
+
+    Returns:
+        A tensor of the shape and dtype of ``logits``.
+    """
+    checks.logits(logits)
+    checks.k(k, optional=False)
+    checks.dim(dim, logits)
+    checks.backend(backend)
+    moved = logits.movedim(dim, -1)
+    num_classes = moved.shape[-1]
+    if num_classes == 0:
+        raise ValueError(
+            f"logits: expected at least one entry along dim={dim}, got shape {tuple(logits.shape)}"
+        )
+    if k >= num_classes:
+        return torch.softmax(logits, dim)
+    rows = as_rows(moved)
+    name = backends.resolve(backend, logits.device.type, logits.dtype, is_large(k))
+    no_target = rows.new_full(rows.shape[:-1], -1, dtype=torch.int64)
+    _, lse, indices, probs = ops.topk_ce_fwd(rows, no_target, None, k, 0.0, name)
+    dense: Tensor = ops.topk_ce_bwd(
+        None,
+        torch.ones_like(lse),
+        None,
+        no_target,
+        indices,
+        probs,
+        None,
+        0.0,
+        num_classes,
+        logits.dtype,
+        name,
+    )
+    return dense.view(moved.shape).movedim(-1, dim)

@@ -1,0 +1,513 @@
+"""An output layer and its loss in one: a composition of the operators of schema.py.
+
+With z = hidden weight' + bias, row by row, and g the k + 1 non-zeros of dloss/dz (ops.py):
+
+    dhidden_n = sum_j g_nj weight[class_nj]                       a weighted gather of k + 1 rows
+    dweight_c = sum over the pairs (n, j) of class c of g_nj hidden_n           a segment sum
+
+Forward multiplies a chunk of tokens at a time into one reused buffer and lists the support of the
+chunk; the logits of all tokens never exist, nor does any dense gradient of them. Saved are hidden
+and weight by reference, and 8 k bytes per token. The matrix product is not repeated in backward.
+
+Where k + 1 is no longer small the gathers lose against matrix products (`is_sparse`): backward then
+places the gradient of a chunk of tokens densely and multiplies. The dense softmax and k beyond
+MAX_LIST_K save O(N) and repeat the product of forward.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, functional, ops, schema
+from .support import Support
+
+# Of the buffer for the logits of a chunk of tokens. On two cores products of fewer tokens than fill
+# it are slower, and larger ones no faster (bench/linear.py).
+CHUNK_BYTES = 128 << 20
+
+# The largest share (k + 1) / V of non-zeros at which gathers win, by device and size of an element.
+# On the CPU measured by bench/linear.py --break-even; on a GPU an estimate, from the ratio of its
+# bandwidth to its rate of products.
+_BREAK_EVEN = {("cpu", 8): 0.1, ("cpu", 4): 0.1, ("cpu", 2): 0.05}
+_BREAK_EVEN_GPU = 0.003
+
+
+def break_even(device_type: str, dtype: torch.dtype) -> float:
+    return _BREAK_EVEN.get((device_type, dtype.itemsize), _BREAK_EVEN_GPU)
+
+
+def is_sparse(k: int, num_classes: int, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether backward gathers: the rule of backward="auto"."""
+    return True if k + 1 <= break_even(device_type, dtype) * num_classes else False
+
+
+def _parts(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, backend: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of one chunk of tokens after the other, in one buffer. Weight is transposed."""
+    rows = hidden.shape[0]
+    empty: Any = backends.implementation(backend, "sparse_linear_buffer")
+    buffer = empty(hidden, min(chunk_rows, rows), weight.shape[1])
+    for part in _parts(rows, chunk_rows):
+        out = buffer[: part.stop - part.start]
+        if bias is None:
+            torch.mm(hidden[part], weight, out=out)
+        else:
+            torch.addmm(bias, hidden[part], weight, out=out)
+        yield part, out
+
+
+def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Both regimes: topk_ce or threshold_ce of each chunk, its outputs side by side."""
+
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        k: int,
+        label_smoothing: float,
+        dtype: torch.dtype,
+        chunk_rows: int,
+        *rest: Any,  # how backward goes, which is nothing to forward, and the backend
+    ) -> tuple[Tensor, ...]:
+        backend = rest[-1]
+        forward_of_chunk: Any = backends.implementation(backend, f"{regime}_ce_fwd")
+        options = (k, label_smoothing) if regime == "topk" else (k, 1.0, label_smoothing)
+        found = []
+        # an empty batch has a chunk too, for the shapes
+        for part, logits in _logits(
+            hidden.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype),
+            chunk_rows, backend,
+        ):  # fmt: skip
+            found.append(forward_of_chunk(logits, target[part], class_weight, *options))
+        if not found:
+            empty = hidden.new_empty((0, weight.shape[0]), dtype=dtype)
+            found.append(forward_of_chunk(empty, target, class_weight, *options))
+        if len(found) == 1:
+            return tuple(found[0])
+        return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
+
+    return forward
+
+
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    needed: list[bool],
+    chunks: Iterator[tuple[slice, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By matrix products with the dense gradient of the logits of each chunk."""
+    statistics = schema.statistics_dtype(dtype)
+    dhidden, dweight, dbias = _empty(hidden, weight, needed, statistics)
+    right, wide = hidden.to(dtype), weight.to(dtype)
+    for t in (dweight, dbias):
+        t.zero_()
+    for part, dlogits in chunks:
+        if needed[0]:
+            dhidden[part] = dlogits @ wide
+        if needed[1]:
+            # sums over chunks in float32: only the product of one chunk is rounded
+            dweight += dlogits.t() @ right[part]
+        if needed[2]:
+            dbias += dlogits.sum(0, dtype=statistics)
+    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _empty(
+    hidden: Tensor, weight: Tensor, needed: list[bool], dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, with no element where they are not needed."""
+    dtype = dtype or weight.dtype
+    classes = weight.shape[0]
+    return (
+        hidden.new_empty(hidden.shape if needed[0] else (0,)),
+        weight.new_empty(weight.shape if needed[1] else (0,), dtype=dtype),
+        weight.new_empty((classes,) if needed[2] else (0,), dtype=dtype),
+    )
+
+
+def _topk_backward(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    chunk_rows: int,
+    sparse: bool,
+    needed: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_classes = weight.shape[0]
+    if not sparse:
+        bwd: Any = backends.implementation(backend, "topk_ce_bwd")
+
+        def chunks() -> Iterator[tuple[slice, Tensor]]:
+            for part in _parts(hidden.shape[0], chunk_rows):
+                a, b, q = (d if d is None else d[part] for d in (dloss, dlse, dprobs))
+                yield part, bwd(
+                    a, b, q, target[part], indices[part], probs[part], class_weight,
+                    label_smoothing, num_classes, dtype,
+                )  # fmt: skip
+
+        return _gradients(hidden, weight, dtype, needed, chunks())
+    g, classes = ops.coefficients(
+        dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing, num_classes
+    )
+    dhidden, dweight, dbias = _empty(hidden, weight, [False] * 3)
+    if needed[0]:
+        gather: Any = backends.implementation(backend, "sparse_linear_dhidden")
+        dhidden = gather(g, classes, weight, hidden.dtype)
+    add: Any = backends.implementation(backend, "sparse_linear_dweight")
+    if needed[1]:
+        dweight = add(g, classes, hidden, num_classes, weight.dtype)
+    if needed[2]:
+        # the bias is the weight of a hidden feature that is always 1
+        ones = torch.ones_like(g[:, :1])
+        dbias = add(g, classes, ones, num_classes, g.dtype).squeeze(-1).to(weight.dtype)
+    return dhidden, dweight, dbias
+
+
+def _threshold_backward(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    cut: Tensor,
+    cut_index: Tensor,
+    classes_kept: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    chunk_rows: int,
+    needed: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bwd: Any = backends.implementation(backend, "threshold_ce_bwd")
+
+    def chunks() -> Iterator[tuple[slice, Tensor]]:
+        logits = _logits(
+            hidden.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype),
+            chunk_rows, backend,
+        )  # fmt: skip
+        for part, z in logits:
+            a, b = (d if d is None else d[part] for d in (dloss, dlse))
+            statistics = (t[part] for t in (row_max, log_sum, cut, cut_index, classes_kept))
+            yield part, bwd(a, b, z, target[part], *statistics, class_weight, label_smoothing)
+
+    return _gradients(hidden, weight, dtype, needed, chunks())
+
+
+# Registration: what runs, its shapes, its derivatives.
+
+for _name, _function in (
+    ("topk_linear_ce_fwd", _forward("topk")),
+    ("topk_linear_ce_bwd", _topk_backward),
+    ("threshold_linear_ce_fwd", _forward("threshold")),
+    ("threshold_linear_ce_bwd", _threshold_backward),
+):
+    torch.library.impl(f"sparse_ce::{_name}", "CompositeExplicitAutograd")(_function)
+
+topk_linear_ce_fwd = torch.ops.sparse_ce.topk_linear_ce_fwd.default
+topk_linear_ce_bwd = torch.ops.sparse_ce.topk_linear_ce_bwd.default
+threshold_linear_ce_fwd = torch.ops.sparse_ce.threshold_linear_ce_fwd.default
+threshold_linear_ce_bwd = torch.ops.sparse_ce.threshold_linear_ce_bwd.default
+
+
+@torch.library.register_fake("sparse_ce::topk_linear_ce_fwd")
+def _(hidden, weight, bias, target, class_weight, k, label_smoothing, dtype, *rest):  # type: ignore[no-untyped-def]
+    rows, statistics = hidden.shape[0], schema.statistics_dtype(dtype)
+    loss, lse = (hidden.new_empty(rows, dtype=statistics) for _ in range(2))
+    indices = hidden.new_empty((rows, k), dtype=torch.int32)
+    return loss, lse, indices, hidden.new_empty((rows, k), dtype=statistics)
+
+
+@torch.library.register_fake("sparse_ce::threshold_linear_ce_fwd")
+def _(hidden, weight, bias, target, class_weight, k, label_smoothing, dtype, *rest):  # type: ignore[no-untyped-def]
+    statistics = schema.statistics_dtype(dtype)
+    found = (hidden.new_empty(hidden.shape[0], dtype=statistics) for _ in range(5))
+    return (*found, *(hidden.new_empty(hidden.shape[0], dtype=torch.int32) for _ in range(2)))
+
+
+@torch.library.register_fake("sparse_ce::topk_linear_ce_bwd")
+def _(dloss, dlse, dprobs, hidden, weight, *rest):  # type: ignore[no-untyped-def]
+    return _empty(hidden, weight, rest[-2])
+
+
+@torch.library.register_fake("sparse_ce::threshold_linear_ce_bwd")
+def _(dloss, dlse, hidden, weight, *rest):  # type: ignore[no-untyped-def]
+    return _empty(hidden, weight, rest[-2])
+
+
+def _given(gradients: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | None]:
+    return [g if need else None for g, need in zip(gradients, needed, strict=True)]
+
+
+def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, target, class_weight, _, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, target, *output[2:], class_weight)
+
+
+def _topk_autograd(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None and dprobs is None:
+        return (None,) * 11
+    needed = list(ctx.needs_input_grad[:3])
+    hidden, weight, target, indices, probs, class_weight = ctx.saved_tensors
+    label_smoothing, dtype, chunk_rows, sparse, backend = ctx.options
+    gradients = topk_linear_ce_bwd(
+        dloss, dlse, dprobs, hidden, weight, target, indices, probs, class_weight,
+        label_smoothing, dtype, chunk_rows, sparse, needed, backend,
+    )  # fmt: skip
+    return (*_given(gradients, needed), *(None,) * 8)
+
+
+def _threshold_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, class_weight, _, *ctx.options = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, *output[2:], class_weight)
+
+
+def _threshold_autograd(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None:
+        return (None,) * 10
+    needed = list(ctx.needs_input_grad[:3])
+    *options, backend = ctx.options
+    gradients = threshold_linear_ce_bwd(dloss, dlse, *ctx.saved_tensors, *options, needed, backend)
+    return (*_given(gradients, needed), *(None,) * 7)
+
+
+def _no_second_derivative(*_: Any) -> None:
+    raise RuntimeError(
+        "fused_linear_sparse_ce: expected a first derivative only, got a backward of its backward; "
+        "fused_sparse_ce(torch.nn.functional.linear(hidden, weight), ...) has second derivatives"
+    )
+
+
+for _name, _backward, _context in (
+    ("topk_linear_ce_fwd", _topk_autograd, _topk_context),
+    ("threshold_linear_ce_fwd", _threshold_autograd, _threshold_context),
+    ("topk_linear_ce_bwd", _no_second_derivative, None),
+    ("threshold_linear_ce_bwd", _no_second_derivative, None),
+):
+    torch.library.register_autograd(f"sparse_ce::{_name}", _backward, setup_context=_context)
+
+
+class _RowSparse(torch.autograd.Function):
+    """The list regime with the gradient of the weight as its touched rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        outputs = topk_linear_ce_fwd(hidden, weight, *options)
+        _topk_context(ctx, (hidden, weight, *options), outputs)
+        ctx.mark_non_differentiable(outputs[2])
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, indices, probs, class_weight = ctx.saved_tensors
+        label_smoothing, dtype, chunk_rows, _, backend = ctx.options
+        needed = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
+        gradients = topk_linear_ce_bwd(
+            dloss, dlse, dprobs, hidden, weight, target, indices, probs, class_weight,
+            label_smoothing, dtype, chunk_rows, True, needed, backend,
+        )  # fmt: skip
+        found = _given(gradients, needed)
+        if ctx.needs_input_grad[1]:
+            g, classes = ops.coefficients(
+                dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
+                weight.shape[0],
+            )  # fmt: skip
+            touched, places = torch.unique(classes, return_inverse=True)
+            rows = ops.sparse_linear_dweight(
+                g, places.int(), hidden, touched.shape[0], weight.dtype, backend
+            )
+            found[1] = torch.sparse_coo_tensor(
+                touched.long().unsqueeze(0), rows, weight.shape, is_coalesced=True,
+                check_invariants=False,
+            )  # fmt: skip
+        return (*found, *(None,) * 8)
+
+
+@overload
+def fused_linear_sparse_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int | None,
+    *,
+    bias: Tensor | None = ...,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    return_support: Literal[False] = ...,
+    weight_grad: str = ...,
+    backward: str = ...,
+    chunk_bytes: int = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def fused_linear_sparse_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int | None,
+    *,
+    bias: Tensor | None = ...,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    return_support: Literal[True],
+    weight_grad: str = ...,
+    backward: str = ...,
+    chunk_bytes: int = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Support]: ...
+def fused_linear_sparse_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int | None,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_support: bool = False,
+    weight_grad: str = "dense",
+    backward: str = "auto",
+    chunk_bytes: int = CHUNK_BYTES,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Support]:
+    """``fused_sparse_ce`` of ``hidden @ weight.T + bias``, without the logits: the output layer of
+    a model and its loss, trained for little more than the price of the forward product.
+
+    The gradient of the logits has k + 1 non-zeros per token, so that the gradients of hidden and
+    weight are sums of k + 1 rows per token instead of matrix products. Source of the loss: Sun et
+    al., Sparse-softmax, arXiv 2112.12433, eq. 5.
+
+    Memory: one buffer of ``chunk_bytes`` for the logits of some tokens, O(N k) numbers saved, and
+    the gradients that are asked for. Only those are computed: a frozen weight or trunk costs
+    nothing. Ignored tokens leave before the product on the CPU; on a GPU, where counting them would
+    be a synchronisation, they go through it and get zeros.
+
+    Args:
+        hidden: (..., D) float32, bfloat16, float16 or float64.
+        weight: (V, D), its dtype may be another: the product is taken in the dtype of hidden (under
+            autocast in that of autocast), its gradient comes in its own, summed in float32.
+        target: (...) int64 or int32 class indices.
+        k: how many classes to keep; None or ``k >= V``: all of them, the dense softmax.
+        bias: (V,) or None.
+        class_weight: (V,) weight of each class: ``weight`` of ``fused_sparse_ce``.
+        ignore_index, label_smoothing, reduction, return_support, backend: as there.
+        weight_grad: "dense", or "row_sparse": a sparse COO tensor of the rows that the batch
+            touched, for ``torch.optim.SparseAdam`` and very large V. Not under torch.compile.
+        backward: "sparse" sums rows, "dense" multiplies matrices chunk by chunk, "auto" takes the
+            faster by a measured rule, ``is_sparse``.
+        chunk_bytes: target for the size of the logits' buffer.
+
+    Returns:
+        As ``fused_sparse_ce``. There is no second derivative: asking for one is an error.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+        IndexError: on the CPU, a target outside [0, V), as in ``fused_sparse_ce``.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    checks.linear(hidden, weight, bias)
+    num_classes, device = weight.shape[0], hidden.device.type
+    checks.target(target, hidden, "hidden")
+    checks.k(k)
+    checks.class_weight(class_weight, weight)
+    checks.ignore_index(ignore_index)
+    checks.label_smoothing(label_smoothing)
+    checks.reduction(reduction)
+    checks.weight_grad(weight_grad)
+    checks.backward(backward)
+    checks.chunk_bytes(chunk_bytes)
+    checks.backend(backend)
+    checks.target_range(target, num_classes, ignore_index)
+    k = num_classes if k is None else min(k, num_classes)
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    row_target = target.reshape(-1).to(torch.int64).contiguous()
+    if class_weight is not None:
+        class_weight = class_weight.to(schema.statistics_dtype(dtype)).contiguous()
+    large_k = functional.is_large(k)
+    listed = return_support or (not large_k and functional.is_fewer(k, num_classes))
+    name = backends.resolve(backend, device, dtype, listed and large_k)
+    if weight_grad == "row_sparse" and torch.compiler.is_compiling():
+        raise ValueError("weight_grad: expected 'dense' under torch.compile, got 'row_sparse'")
+    if weight_grad == "row_sparse" and not listed:
+        raise ValueError(
+            f"weight_grad: expected 'dense' for k=None and k > {backends.MAX_LIST_K}, whose "
+            "gradient has no rows of zeros, got 'row_sparse'"
+        )
+    sparse = backward == "sparse" or weight_grad == "row_sparse"
+    if backward == "auto" and not sparse:
+        sparse = is_sparse(k, num_classes, device, dtype)
+
+    # on a GPU, and in a compiled graph, to count the ignored rows is to wait for them
+    kept = None
+    if device == "cpu" and not return_support and not torch.compiler.is_compiling():
+        kept = (row_target != ignore_index).nonzero().squeeze(-1)
+        if kept.shape[0] == row_target.shape[0]:
+            kept = None
+    counted = row_target
+    if kept is not None:
+        rows, counted = rows[kept], row_target[kept]
+    chunk_rows = max(1, min(rows.shape[0], chunk_bytes // (num_classes * dtype.itemsize)))
+    arguments = (
+        rows, weight.contiguous(), bias, counted, class_weight, k, float(label_smoothing), dtype,
+        chunk_rows,
+    )  # fmt: skip
+    support = None
+    if listed:
+        op: Any = _RowSparse.apply if weight_grad == "row_sparse" else topk_linear_ce_fwd
+        loss, lse, indices, probs = op(*arguments, sparse, name)
+        shape = (*target.shape, k)
+        if return_support:
+            support = Support(
+                indices.view(shape), probs.view(shape), lse.view(target.shape), num_classes
+            )
+    else:
+        loss = threshold_linear_ce_fwd(*arguments, name)[0]
+    if kept is not None and reduction == "none":
+        loss = loss.new_zeros(row_target.shape).index_copy(0, kept, loss)
+        counted = row_target
+    reduced = functional.reduce(loss, counted, class_weight, ignore_index, reduction)
+    if reduction == "none":
+        reduced = reduced.view(target.shape)
+    return reduced if support is None else (reduced, support)

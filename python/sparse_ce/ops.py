@@ -1,0 +1,516 @@
+"""The public operators: signatures of schema.py bound to dispatch, shape functions and derivatives.
+
+Every derivative of topk_ce is written on the k + 1 numbers of a row. With a = dloss (zero where the
+target is no hit), b = dlse, q = dprobs, e = label smoothing, w the class weights, y the target,
+sums over the support:
+
+    A         = (1 - e) w_y + (e / k) sum w_i
+    dlogits_i = p_i (a A + b - sum_j p_j q_j + q_i) - a (e / k) w_i        on the support
+    dlogits_y -= a (1 - e) w_y                                             there or elsewhere
+
+Source of the loss: Sun et al., Sparse-softmax, arXiv 2112.12433, eq. 4 and 5.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, schema
+
+
+def _bind(op: str) -> None:
+    def dispatch(*args: Any) -> Any:
+        *inputs, backend = args
+        return backends.implementation(backend, op)(*inputs)
+
+    torch.library.impl(f"sparse_ce::{op}", "CompositeExplicitAutograd")(dispatch)
+
+
+for _op in schema.SIGNATURES:
+    _bind(_op)
+
+topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
+topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
+threshold_ce_fwd = torch.ops.sparse_ce.threshold_ce_fwd.default
+threshold_ce_bwd = torch.ops.sparse_ce.threshold_ce_bwd.default
+plif_fwd = torch.ops.sparse_ce.plif_fwd.default
+plif_bwd = torch.ops.sparse_ce.plif_bwd.default
+plif_ce_fwd = torch.ops.sparse_ce.plif_ce_fwd.default
+plif_ce_bwd = torch.ops.sparse_ce.plif_ce_bwd.default
+sparse_linear_dhidden = torch.ops.sparse_ce.sparse_linear_dhidden.default
+sparse_linear_dweight = torch.ops.sparse_ce.sparse_linear_dweight.default
+cosine_fwd = torch.ops.sparse_ce.cosine_fwd.default
+cosine_bwd = torch.ops.sparse_ce.cosine_bwd.default
+
+
+# topk_ce
+
+
+@torch.library.register_fake("sparse_ce::topk_ce_fwd")
+def _(logits, target, weight, k, label_smoothing, backend):  # type: ignore[no-untyped-def]
+    rows, dtype = logits.shape[:-1], schema.statistics_dtype(logits.dtype)
+    loss, lse = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+    return (
+        loss,
+        lse,
+        logits.new_empty((*rows, k), dtype=torch.int32),
+        logits.new_empty((*rows, k), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("sparse_ce::topk_ce_bwd")
+def _(  # type: ignore[no-untyped-def]
+    dloss,
+    dlse,
+    dprobs,
+    target,
+    indices,
+    probs,
+    weight,
+    label_smoothing,
+    num_classes,
+    dtype,
+    backend,
+):
+    return probs.new_empty((*probs.shape[:-1], num_classes), dtype=dtype)
+
+
+def _topk_fwd_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, _, ctx.label_smoothing, ctx.backend = inputs
+    _, _, indices, probs = output
+    ctx.num_classes, ctx.dtype = logits.shape[-1], logits.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(target, indices, probs, weight)
+
+
+def _topk_fwd_backward(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None and dprobs is None:
+        return None, None, None, None, None, None
+    target, indices, probs, weight = ctx.saved_tensors
+    dlogits = topk_ce_bwd(
+        dloss, dlse, dprobs, target, indices, probs, weight,
+        ctx.label_smoothing, ctx.num_classes, ctx.dtype, ctx.backend,
+    )  # fmt: skip
+    return dlogits, None, None, None, None, None
+
+
+def _topk_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    (
+        dloss,
+        dlse,
+        dprobs,
+        target,
+        indices,
+        probs,
+        weight,
+        ctx.label_smoothing,
+        ctx.num_classes,
+        _,
+        _,
+    ) = inputs
+    ctx.save_for_backward(dloss, dlse, dprobs, target, indices, probs, weight)
+
+
+def _topk_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative, in differentiable tensor operations on (N, k): right at any order."""
+    a, b, q, target, indices, p, weight = ctx.saved_tensors
+    keep, smooth = 1.0 - ctx.label_smoothing, ctx.label_smoothing / indices.shape[-1]
+    index = indices.long()
+    g = ddlogits.gather(-1, index).to(p.dtype)  # (N, k): ddlogits on the support
+    gp = (g * p).sum(-1)
+    hit = (target >= 0) & (target < ctx.num_classes)
+    y = target.clamp(0, ctx.num_classes - 1)
+    s = torch.zeros_like(gp) if b is None else b
+    da = None
+    if a is not None:
+        g_y = ddlogits.gather(-1, y.unsqueeze(-1)).squeeze(-1).to(p.dtype)
+        w_y = torch.ones_like(gp) if weight is None else weight[y]
+        w = torch.ones_like(p) if weight is None else weight[index]
+        factor = keep * w_y + smooth * w.sum(-1)
+        s = s + torch.where(hit, a * factor, 0)
+        da = torch.where(hit, factor * gp - smooth * (w * g).sum(-1) - keep * w_y * g_y, 0)
+    if q is not None:
+        s = s - (p * q).sum(-1)
+    dq = None if q is None else p * (g - gp.unsqueeze(-1))
+    dp = g * s.unsqueeze(-1) if q is None else g * (s.unsqueeze(-1) + q) - gp.unsqueeze(-1) * q
+    return da, None if b is None else gp, dq, None, None, dp, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "sparse_ce::topk_ce_fwd", _topk_fwd_backward, setup_context=_topk_fwd_context
+)
+torch.library.register_autograd(
+    "sparse_ce::topk_ce_bwd", _topk_bwd_backward, setup_context=_topk_bwd_context
+)
+
+
+def coefficients(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the logits of topk_ce as pairs: coefficients (N, k + 1), classes (N, k + 1)
+    int32.
+
+    The last pair is the target's, which may stand among the others as well: they add up.
+    """
+    hit = (target >= 0) & (target < num_classes)
+    y = target.clamp(0, num_classes - 1)
+    share = torch.zeros_like(probs[..., 0]) if dlse is None else dlse
+    at_target = torch.zeros_like(share)
+    spread = None
+    if dloss is not None:
+        a = torch.where(hit, dloss, 0)
+        at_target = a * (1 - label_smoothing) * (1 if class_weight is None else class_weight[y])
+        share = share + at_target
+        if label_smoothing:
+            w = torch.ones_like(probs) if class_weight is None else class_weight[indices.long()]
+            spread = (a * (label_smoothing / probs.shape[-1])).unsqueeze(-1) * w
+            share = share + spread.sum(-1)
+    factor = share.unsqueeze(-1)
+    if dprobs is not None:
+        factor = factor + dprobs - torch.where(dprobs == 0, 0, dprobs * probs).sum(-1, keepdim=True)
+    # a row without upstream gradient stays 0 where p is NaN
+    g = torch.where(factor == 0, 0, probs * factor)
+    if spread is not None:
+        g = g - spread
+    pairs = torch.cat([g, -at_target.unsqueeze(-1)], -1)
+    return pairs, torch.cat([indices, y.unsqueeze(-1).int()], -1)
+
+
+# threshold_ce
+
+
+@torch.library.register_fake("sparse_ce::threshold_ce_fwd")
+def _(logits, target, weight, k, delta, label_smoothing, backend):  # type: ignore[no-untyped-def]
+    rows, dtype = logits.shape[:-1], schema.statistics_dtype(logits.dtype)
+    statistics = (logits.new_empty(rows, dtype=dtype) for _ in range(5))
+    return (*statistics, *(logits.new_empty(rows, dtype=torch.int32) for _ in range(2)))
+
+
+@torch.library.register_fake("sparse_ce::threshold_ce_bwd")
+def _(dloss, dlse, logits, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _threshold_fwd_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, _, _, ctx.label_smoothing, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, weight, *output[2:])
+
+
+def _threshold_fwd_backward(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None:
+        return (None,) * 7
+    logits, target, weight, *statistics = ctx.saved_tensors
+    dlogits = threshold_ce_bwd(
+        dloss, dlse, logits, target, *statistics, weight, ctx.label_smoothing, ctx.backend
+    )
+    return (dlogits, *(None,) * 6)
+
+
+def _threshold_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dloss, dlse, logits, target, _, _, cut, cut_index, kept, weight, ctx.label_smoothing, _ = inputs
+    ctx.save_for_backward(dloss, dlse, logits, target, cut, cut_index, kept, weight)
+
+
+def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
+    """As for topk_ce, on (N, V). All that depends on the logits is attributed to the logits."""
+    a, b, logits, target, cut, cut_index, count, weight = ctx.saved_tensors
+    num_classes = logits.shape[-1]
+    keep, smooth = 1.0 - ctx.label_smoothing, ctx.label_smoothing / count.to(cut.dtype)
+    z = logits.to(cut.dtype)
+    classes = torch.arange(num_classes, device=logits.device)
+    kept = ~(z < cut.unsqueeze(-1)) & (
+        (z != cut.unsqueeze(-1)) | (classes <= cut_index.unsqueeze(-1))
+    )
+    p = torch.softmax(z.masked_fill(~kept, -torch.inf), -1)
+    g = ddlogits.to(cut.dtype)
+    gp = (g * p).sum(-1)
+    hit = (target >= 0) & (target < num_classes)
+    y = target.clamp(0, num_classes - 1)
+    s = torch.zeros_like(gp) if b is None else b
+    da = None
+    if a is not None:
+        w_y = torch.ones_like(gp) if weight is None else weight[y]
+        w = kept.to(cut.dtype) if weight is None else weight * kept
+        factor = keep * w_y + smooth * w.sum(-1)
+        s = s + torch.where(hit, a * factor, 0)
+        g_y = g.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        da = torch.where(hit, factor * gp - smooth * (w * g).sum(-1) - keep * w_y * g_y, 0)
+    dz = s.unsqueeze(-1) * p * (g - gp.unsqueeze(-1))
+    db = None if b is None else gp
+    return (da, db, dz.to(logits.dtype), *(None,) * 9)
+
+
+torch.library.register_autograd(
+    "sparse_ce::threshold_ce_fwd", _threshold_fwd_backward, setup_context=_threshold_fwd_context
+)
+torch.library.register_autograd(
+    "sparse_ce::threshold_ce_bwd", _threshold_bwd_backward, setup_context=_threshold_bwd_context
+)
+
+
+# plif. With G_i the sum of the upstream gradient g over cell i, M_i that of g times the share of
+# the cell left of x, D the width of a cell, h_j the share of cell j right of 0:
+#
+#     dslopes_j = D (M_j + sum_{i > j} G_i - (1 - h_j) sum_i G_i)
+#
+# since f(x) is the integral of the slopes from 0 to x. Source: Ganea et al., Learnable monotonic
+# pointwise non-linearities, arXiv 1902.08077.
+
+
+def fixed_point(total: Tensor) -> Tensor:
+    """() float64: the power of two that takes a sum of at most `total` to integers of 2^60 at most.
+
+    Integers, unlike floats, add up to the same bits in any order. Of NaN and infinity the scale is
+    NaN, and so is what is divided by it.
+    """
+    return torch.exp2(60 - total.double().clamp(min=2.0**-900).log2().ceil()) + 0 * total
+
+
+def slope_gradient(
+    cells: Tensor, outside: Tensor, scale: Tensor, bound: float, dtype: torch.dtype
+) -> Tensor:
+    """(K) in `dtype`: the formula above, and what x beyond the bounds add to the end cells."""
+    mass, moment = cells.t().contiguous()
+    before = mass.cumsum(0)
+    total, middle = before[-1], cells.shape[0] // 2
+    sums = moment + (total - before)
+    sums[:middle] -= total
+    gradient = sums.double()
+    if cells.shape[0] % 2:
+        gradient[middle] -= total.double() / 2  # the cell around 0
+    gradient *= (2 * bound / cells.shape[0]) / scale
+    gradient[0] += outside[0]
+    gradient[-1] += outside[1]
+    result: Tensor = gradient.to(dtype)
+    return result
+
+
+def sums_shape(slopes: Tensor, scale: Tensor | None) -> tuple[int, int]:
+    return (0 if scale is None else slopes.shape[0], 2)
+
+
+@torch.library.register_fake("sparse_ce::plif_fwd")
+def _(x, slopes, offsets, bound, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("sparse_ce::plif_bwd")
+def _(dy, x, slopes, bound, scale, backend):  # type: ignore[no-untyped-def]
+    cells = x.new_empty(sums_shape(slopes, scale), dtype=torch.int64)
+    return x.new_empty(x.shape), cells, x.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.register_fake("sparse_ce::plif_ce_fwd")
+def _(logits, target, weight, slopes, offsets, bound, label_smoothing, backend):  # type: ignore[no-untyped-def]
+    rows = logits.shape[:-1]
+    return tuple(logits.new_empty(rows, dtype=slopes.dtype) for _ in range(4))
+
+
+@torch.library.register_fake("sparse_ce::plif_ce_bwd")
+def _(dloss, dlse, logits, target, row_max, log_sum, weight, slopes, *rest):  # type: ignore[no-untyped-def]
+    cells = logits.new_empty(sums_shape(slopes, rest[-2]), dtype=torch.int64)
+    return logits.new_empty(logits.shape), cells, logits.new_empty(2, dtype=torch.float64)
+
+
+def _plif_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, slopes, _, ctx.bound, ctx.backend = inputs
+    ctx.save_for_backward(x, slopes)
+
+
+def _plif_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, slopes = ctx.saved_tensors
+    scale = None
+    if ctx.needs_input_grad[1]:
+        largest = dy.abs().amax() if dy.numel() else dy.new_zeros(())
+        scale = fixed_point(largest.double() * dy.numel())
+    dx, cells, outside = plif_bwd(dy.contiguous(), x, slopes, ctx.bound, scale, ctx.backend)
+    dslopes = None
+    if scale is not None:
+        dslopes = slope_gradient(cells, outside, scale, ctx.bound, slopes.dtype)
+    return dx, dslopes, None, None, None
+
+
+def _plif_ce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, slopes, offsets, ctx.bound, ctx.label_smoothing, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, weight, slopes, offsets, *output[2:])
+
+
+def _plif_ce_backward(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None:
+        return (None,) * 8
+    logits, target, weight, slopes, offsets, row_max, log_sum = ctx.saved_tensors
+    scale = None
+    if ctx.needs_input_grad[3]:
+        total = _plif_ce_total(
+            dloss, dlse, target, weight, ctx.label_smoothing, logits.shape[-1], row_max + log_sum
+        )
+        scale = fixed_point(total)
+    dlogits, cells, outside = plif_ce_bwd(
+        dloss, dlse, logits, target, row_max, log_sum, weight, slopes, offsets, ctx.bound,
+        ctx.label_smoothing, scale, ctx.backend,
+    )  # fmt: skip
+    dslopes = None
+    if scale is not None:
+        dslopes = slope_gradient(cells, outside, scale, ctx.bound, slopes.dtype)
+    return (dlogits, None, None, dslopes, *(None,) * 4)
+
+
+def _plif_ce_total(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    num_classes: int,
+    lse: Tensor,
+) -> Tensor:
+    """() float64: no less than the sum of |gradient of f(logits)|; NaN if one of them is."""
+    above = torch.zeros_like(lse) if dlse is None else dlse.abs()
+    if dloss is not None:
+        hit = (target >= 0) & (target < num_classes)
+        # each loss moves its weights to the target, or away from it: twice their sum
+        at_most = 1.0 if weight is None else weight.abs().amax()
+        above = above + 2 * at_most * torch.where(hit, dloss.abs(), 0)
+    # the gradient of a row whose log-sum-exp is not finite is NaN
+    finite = torch.where(lse.isfinite() | (above == 0), above, torch.nan)
+    # a maximum has no order of additions
+    return finite.amax().double() * finite.numel() if finite.numel() else finite.sum()
+
+
+def no_second_derivative(*_: Any) -> None:
+    raise RuntimeError(
+        "MonotonicPLIF: expected a first derivative only, got a backward of its backward"
+    )
+
+
+for _op, _backward, _context in (
+    ("plif_fwd", _plif_backward, _plif_context),
+    ("plif_ce_fwd", _plif_ce_backward, _plif_ce_context),
+    ("plif_bwd", no_second_derivative, None),
+    ("plif_ce_bwd", no_second_derivative, None),
+):
+    torch.library.register_autograd(f"sparse_ce::{_op}", _backward, setup_context=_context)
+
+
+# sparse_linear: gradients themselves, of which nobody takes another
+
+
+@torch.library.register_fake("sparse_ce::sparse_linear_buffer")
+def _(like, rows, num_classes, backend):  # type: ignore[no-untyped-def]
+    return like.new_empty((rows, num_classes))
+
+
+@torch.library.register_fake("sparse_ce::sparse_linear_dhidden")
+def _(coefficients, classes, weight, dtype, backend):  # type: ignore[no-untyped-def]
+    return weight.new_empty((classes.shape[0], weight.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("sparse_ce::sparse_linear_dweight")
+def _(coefficients, classes, hidden, num_classes, dtype, backend):  # type: ignore[no-untyped-def]
+    return hidden.new_empty((num_classes, hidden.shape[1]), dtype=dtype)
+
+
+# cosine: with c the output, e the target's vector, alpha = by_target and beta = by_output
+#
+#     dloss/dc = beta c + alpha e
+#     cosine   alpha = -1 / (|c| |e|), beta = cos / |c|^2     l2   alpha = -1, beta = 1
+#
+# Source: Li et al., arXiv 1902.11269. The second derivative passes through alpha and beta.
+
+
+@torch.library.register_fake("sparse_ce::cosine_fwd")
+def _(output, target, embedding, normalize, backend):  # type: ignore[no-untyped-def]
+    dtype = schema.statistics_dtype(output.dtype)
+    return tuple(output.new_empty(target.shape, dtype=dtype) for _ in range(3))
+
+
+@torch.library.register_fake("sparse_ce::cosine_bwd")
+def _(dloss, output, *rest):  # type: ignore[no-untyped-def]
+    return output.new_empty(output.shape)
+
+
+def _cosine_fwd_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    vectors, target, embedding, ctx.normalize, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(vectors, target, embedding, *output[1:])
+
+
+def _cosine_fwd_backward(
+    ctx: Any, dloss: Tensor | None, dbeta: Tensor | None, dalpha: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    doutput = None
+    if dloss is not None:
+        doutput = cosine_bwd(dloss, *ctx.saved_tensors, ctx.backend)
+    if ctx.normalize and not (dbeta is None and dalpha is None):
+        by_coefficients = _cosine_coefficients_backward(dbeta, dalpha, *ctx.saved_tensors)
+        doutput = by_coefficients if doutput is None else doutput + by_coefficients
+    return doutput, None, None, None, None
+
+
+def _cosine_coefficients_backward(
+    dbeta: Tensor | None,
+    dalpha: Tensor | None,
+    output: Tensor,
+    target: Tensor,
+    embedding: Tensor,
+    beta: Tensor,
+    alpha: Tensor,
+) -> Tensor:
+    """In differentiable tensor operations, so right at any order."""
+    directed = (alpha != 0).unsqueeze(-1)
+    c = output.to(alpha.dtype)
+    e = _cosine_vectors(target, embedding, alpha.dtype)
+    square = torch.where(directed, c.square().sum(-1, keepdim=True), 1)
+    a, b = (t.unsqueeze(-1) / square for t in (alpha, beta))
+    dc = torch.zeros_like(c)
+    if dalpha is not None:
+        dc = dc - dalpha.unsqueeze(-1) * a * c
+    if dbeta is not None:
+        dc = dc - dbeta.unsqueeze(-1) * (3 * b * c + a * e)
+    return torch.where(directed, dc, 0).to(output.dtype)
+
+
+def _cosine_vectors(target: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+    return embedding[target.clamp(0, embedding.shape[0] - 1)].to(dtype)
+
+
+def _cosine_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _cosine_bwd_backward(ctx: Any, ddoutput: Tensor) -> tuple[Tensor | None, ...]:
+    dloss, output, target, embedding, beta, alpha = ctx.saved_tensors
+    g, c = ddoutput.to(alpha.dtype), output.to(alpha.dtype)
+    gc = (g * c).sum(-1)
+    ge = (g * _cosine_vectors(target, embedding, alpha.dtype)).sum(-1)
+    # a row without a hit, or without a direction, has no derivative at all
+    gc, ge = (torch.where(alpha != 0, dot, 0) for dot in (gc, ge))
+    dc = ((dloss * beta).unsqueeze(-1) * g).to(output.dtype)
+    return beta * gc + alpha * ge, dc, None, None, dloss * gc, dloss * ge, None
+
+
+torch.library.register_autograd(
+    "sparse_ce::cosine_fwd", _cosine_fwd_backward, setup_context=_cosine_fwd_context
+)
+torch.library.register_autograd(
+    "sparse_ce::cosine_bwd", _cosine_bwd_backward, setup_context=_cosine_bwd_context
+)

@@ -1,0 +1,267 @@
+"""The Triton kernels compiled ahead of time for a GPU that need not be there, and their code.
+
+``python tests/aot.py`` compiles every row of the tuning table for sm_90 and writes registers and
+instruction counts into tests/triton_resources.json, under the version of Triton that runs it.
+``python tests/aot.py fwd bfloat16 128256 20 --arch 80 --sass`` prints one kernel.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sass
+import triton
+from sparse_ce.triton_kernels import cosine, plif, sparse_linear, threshold_ce, topk_ce
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+RESOURCES = Path(__file__).with_name("triton_resources.json")
+VERSION = ".".join(triton.__version__.split(".")[:2])
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+LONG_ROW = 128256
+
+# Types of arguments; of others, a pointer is to float32, the logits excepted, and a number int32.
+_ARGUMENTS = {
+    "target_ptr": "*i64",
+    "indices_ptr": "*i32",
+    "best_ptr": "*i64",
+    "found_ptr": "*i64",
+    "list_ptr": "*i64",
+    "pieces_ptr": "*i32",
+    "pending_ptr": "*i32",
+    "stride_b": "i64",
+    "stride_t": "i64",
+    "label_smoothing": "fp32",
+    "classes_ptr": "*i32",
+    "sorted_ptr": "*i32",
+    "order_ptr": "*i64",
+    "starts_ptr": "*i64",
+    "cells_ptr": "*i64",
+    "outside_ptr": "*fp64",
+    "scale_ptr": "*fp64",
+    "bound": "fp32",
+    "rate": "fp32",
+    "cut_index_ptr": "*i32",
+    "kept_ptr": "*i32",
+    "delta": "fp32",
+    "units_b": "i64",
+    "units_t": "i64",
+}
+# Those of the dtype of the case, and those that a launch finds to be multiples of 16.
+_OF_DTYPE = (
+    "x_ptr", "y_ptr", "dy_ptr", "dx_ptr",
+    "logits_ptr", "dlogits_ptr", "weight_ptr", "hidden_ptr", "dhidden_ptr", "dweight_ptr",
+    "output_ptr", "doutput_ptr", "embedding_ptr",
+)  # fmt: skip
+LINEAR = ("dhidden", "piece", "dweight")
+# dense where k is the number of classes; k = 0 stands for delta
+THRESHOLD = ("threshold_fwd", "threshold_bwd")
+PLIF = ("plif_fwd", "plif_bwd", "plif_ce_fwd", "plif_ce_bwd")
+COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
+
+
+def module_of(kernel: str) -> Any:
+    modules = dict.fromkeys(LINEAR, sparse_linear) | dict.fromkeys(THRESHOLD, threshold_ce)
+    modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys(PLIF, plif)
+    return modules.get(kernel, topk_ce)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one problem. Its options are those that the launchers choose."""
+
+    kernel: str
+    dtype: str
+    num_classes: int
+    k: int
+    aligned: bool = True
+    full: bool = False  # with every option: weights, smoothing, all upstream gradients
+    loss: bool = True  # backward from the loss; False: from lse alone
+
+    def __str__(self) -> str:
+        flags = ("" if self.aligned else " unaligned") + (" full" if self.full else "")
+        flags += "" if self.loss else " lse"
+        return f"{self.kernel} {self.dtype} V={self.num_classes} k={self.k}{flags}"
+
+    def options(self) -> dict[str, int]:
+        itemsize = ITEMSIZE[self.dtype]
+        if self.kernel in LINEAR:  # num_classes is the width of their rows
+            config = sparse_linear.options(self.num_classes, 8 if self.kernel == "dhidden" else 4)
+            return config if self.kernel == "dhidden" else {**config, "PIECE": sparse_linear.PIECE}
+        if self.kernel in COSINE:
+            config = cosine.options(cosine.unit(self.num_classes), itemsize)
+            return config | ({"NORMALIZE": True} if self.kernel == "cosine_fwd" else {})
+        shared = {"HAS_WEIGHT": self.full, "HAS_SMOOTHING": self.full}
+        if self.kernel in ("plif_fwd", "plif_bwd"):  # num_classes is the number of elements
+            learns = {"LEARNS": True} if self.kernel == "plif_bwd" else {}
+            return {"BLOCK": plif.BLOCK, "num_warps": 4, **learns}
+        if self.kernel in PLIF:
+            shared |= {"ALIGNED": self.aligned}
+            if self.kernel == "plif_ce_bwd":
+                shared |= {"HAS_DLOSS": self.loss, "HAS_DLSE": self.full or not self.loss}
+                shared |= {"ALIKE": True, "LEARNS": True}
+            return {**plif.ce_options(itemsize, self.num_classes), **shared}
+        if self.kernel in THRESHOLD:
+            shared |= {"ALIGNED": self.aligned}
+            if self.kernel == "threshold_fwd":
+                shared |= {
+                    "KEEP": threshold_ce.keep_of(
+                        self.k or self.num_classes, self.num_classes, 0.1 if self.k == 0 else 1.0
+                    )
+                }
+            else:
+                shared |= {"HAS_DLOSS": self.loss, "HAS_DLSE": self.full or not self.loss}
+                shared |= {"ALIKE": True}
+            return {**threshold_ce.options(itemsize, self.num_classes), **shared}
+        if self.kernel == "bwd":
+            upstream = {"HAS_DLOSS": self.loss, "HAS_DPROBS": self.full}
+            upstream["HAS_DLSE"] = self.full or not self.loss
+            aligned = {"ALIGNED": self.aligned}
+            return {
+                **topk_ce.bwd_options(itemsize, self.num_classes, self.k),
+                **upstream,
+                **shared,
+                **aligned,
+            }
+        if self.kernel == "sort":
+            return {**topk_ce.sort_options(self.num_classes), "SPLIT": False, **shared}
+        selection = topk_ce.fwd_selection(itemsize, self.num_classes, self.k)
+        if self.kernel == "exact":
+            return {**topk_ce.exact_options(selection.SORT), "SPLIT": False, **shared}
+        return {**asdict(selection), "ALIGNED": self.aligned, "SPLIT": False, **shared}
+
+
+def tuning_cases() -> list[Case]:
+    """One per row of the tuning table: its longest rows, and a k below its largest."""
+    cases = []
+    for row in topk_ce.TUNING:
+        dtype = "bfloat16" if row.itemsize == 2 else "float32"
+        k = {32: 20, 128: 100, 1024: 1000}[row.max_k]
+        cases.append(Case("fwd", dtype, min(row.max_v, LONG_ROW), k))
+    return cases
+
+
+def compile_case(case: Case, architecture: int) -> sass.Report:
+    module = module_of(case.kernel)
+    stem = r"^(plif|threshold|cosine)_"
+    kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
+    options = case.options()
+    warps = options.pop("num_warps")
+    signature = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in options:
+            signature[name] = "constexpr"
+        elif name in _OF_DTYPE and not (name == "weight_ptr" and module is not sparse_linear):
+            signature[name] = TYPES[case.dtype]
+        else:
+            signature[name] = _ARGUMENTS.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+    attributes = {}
+    if module in (sparse_linear, cosine):
+        aligned = (i for i, name in enumerate(signature) if name.endswith("ptr") or name == "width")
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (report,) = sass.read(Path(file.name)).values()
+    return report
+
+
+# They depend on the data: the range of the bound in bfloat16 keys is some 2^10 wide.
+BISECTION_STEPS = 12
+
+
+def row_instructions(case: Case, report: sass.Report) -> int:
+    """Warp-instructions that a row issues, an estimate: what is jumped over counts as well."""
+    options = case.options()
+    threads = 32 * options["num_warps"]
+    chunks = case.num_classes * ITEMSIZE[case.dtype] // 16
+    issued = float(report.straight)
+    if case.kernel == "bwd":
+        issued += report.per_chunk("STG.E.128") * chunks / threads
+    if case.kernel == "fwd":
+        issued += report.per_chunk("LDG.E.128") * chunks / threads
+        tiles = -(-chunks // options["NSEG"])
+        pieces = (case.k + case.k // 8) * tiles
+        second_look = max(report.loops, key=lambda loop: loop.count("ATOM")).instructions
+        issued += -(-pieces // (options["BLOCK"] // options["PIECE"])) * second_look
+        bisection = min(loop.instructions for loop in report.loops if loop.count("LDG") == 0)
+        issued += BISECTION_STEPS * bisection
+    return round(issued * options["num_warps"])
+
+
+def resources(case: Case, report: sass.Report) -> dict[str, float]:
+    access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
+    if case.kernel in THRESHOLD or case.kernel in PLIF:
+        return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
+    if case.kernel in COSINE:
+        return {
+            "registers": report.registers,
+            "per_step": max(x.instructions for x in report.loops),
+        }
+    if case.kernel in LINEAR:  # how many pairs there are is up to the data
+        return {"registers": report.registers, "per_step": report.streaming(access).instructions}
+    return {
+        "registers": report.registers,
+        "per_chunk": round(report.per_chunk(access), 2),
+        "per_row": row_instructions(case, report),
+    }
+
+
+def recorded_cases() -> list[Case]:
+    """What triton_resources.json records, on sm_90."""
+    linear = [Case(name, dtype, 4096, 20) for name in LINEAR for dtype in ("bfloat16", "float32")]
+    dense = [Case(name, dtype, LONG_ROW, LONG_ROW) for name in THRESHOLD for dtype in TYPES]
+    linked = [
+        Case(name, dtype, LONG_ROW, LONG_ROW)
+        for name in ("plif_ce_fwd", "plif_ce_bwd")
+        for dtype in ("bfloat16", "float32")
+    ]
+    backward = [Case("bwd", dtype, LONG_ROW, 20) for dtype in TYPES]
+    vectors = [Case(name, dtype, 300, 1) for name in COSINE for dtype in ("bfloat16", "float32")]
+    return [*tuning_cases(), *backward, *linear, *dense, *linked, *vectors]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("case", nargs="*", help="kernel dtype V k; default: all, into the file")
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--unaligned", action="store_true")
+    parser.add_argument("--full", action="store_true", help="with every option")
+    parser.add_argument("--sass", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.case:
+        kernel, dtype, num_classes, k = arguments.case
+        case = Case(
+            kernel, dtype, int(num_classes), int(k), not arguments.unaligned, arguments.full
+        )
+        report = compile_case(case, arguments.arch)
+        print(report.sass if arguments.sass else "")
+        sizes = [loop.instructions for loop in report.loops]
+        print(f"{case}: {report.registers} registers, {report.spills()} spills, loops {sizes}")
+        return
+    table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    table[VERSION] = {
+        str(case): resources(case, compile_case(case, 90)) for case in recorded_cases()
+    }
+    lines = []
+    for version in sorted(table):
+        rows = ",\n".join(
+            f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in table[version].items()
+        )
+        lines.append(f"  {json.dumps(version)}: {{\n{rows}\n  }}")
+    RESOURCES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

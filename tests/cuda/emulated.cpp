@@ -1,0 +1,51 @@
+// The kernels of csrc/cuda, emulated, as plain functions for ctypes. Those that launch return null, or what went wrong.
+#include <exception>
+#include <string>
+
+#include "sparse_linear.h"
+#include "threshold_ce.h"
+#include "topk_ce.h"
+
+namespace {
+
+template <class Launch> const char* error_of(Launch launch) {
+  static std::string what;
+  try {
+    if (launch() == cudaSuccess) return nullptr;
+    what = "the launch was refused";
+  } catch (const std::exception& error) { what = error.what(); }
+  return what.c_str();
+}
+
+}  // namespace
+
+using namespace sparse_ce::cuda;
+
+// The kernels launched since the last call, a line each.
+extern "C" const char* kernels_launched() {
+  static std::string names;
+  names.clear();
+  for (const std::string& name : emulation::launched) names += name + "\n";
+  emulation::launched.clear();
+  return names.c_str();
+}
+extern "C" int64_t topk_ce_scratch_bytes(const Forward* a) { return scratch_bytes(*a); }
+extern "C" const char* topk_ce_forward(const Forward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* topk_ce_backward(const Backward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
+}
+extern "C" const char* threshold_ce_forward(const ThresholdForward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* threshold_ce_backward(const ThresholdBackward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
+}
+extern "C" const char* sparse_linear_gather(const Gather* a) {
+  return error_of([&] { return gather(*a, nullptr); });
+}
+extern "C" int64_t sparse_linear_scratch_bytes(const Segments* a) { return scratch_bytes(*a); }
+extern "C" const char* sparse_linear_segments(const Segments* a) {
+  return error_of([&] { return add_segments(*a, nullptr); });
+}

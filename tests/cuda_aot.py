@@ -1,0 +1,127 @@
+"""The CUDA kernels compiled by nvcc for GPUs that need not be there, and their code.
+
+``python tests/cuda_aot.py`` compiles all and writes registers, shared memory and instruction counts
+into tests/cuda_resources.json, under the version of nvcc that runs it.
+``python tests/cuda_aot.py topk_ce_bf16 90`` prints the machine code of one file for sm_90.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import sass
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+RESOURCES = Path(__file__).with_name("cuda_resources.json")
+STEMS = ("topk_ce", "threshold_ce", "sparse_linear")
+DTYPES = ("bf16", "f16", "f32", "f64")
+FILES = [f"{stem}_{dtype}" for stem in STEMS for dtype in DTYPES]
+# Warnings of the host's compiler and of nvcc are errors, so are those of ptxas: of a stack frame or
+# of spills, say.
+FLAGS = [
+    *("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"),
+    *("-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"),
+    f"-I{KERNELS}",
+]
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here and looked at, or None."""
+    if shutil.which("nvcc") is None:
+        return "there is no nvcc"
+    for name in ("cuobjdump", "nvdisasm"):
+        if sass.tool(name) is None:
+            return f"there is no {name}: CUDA brings it along, and so does the package triton"
+    return None
+
+
+@cache
+def version() -> str:
+    """Of nvcc, major and minor."""
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def compile_file(name: str, architecture: int) -> dict[str, sass.Report]:
+    """Of each kernel of csrc/cuda/<name>.cu."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / f"{name}.cubin"
+        command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", "-cubin", "-o", cubin]
+        result = subprocess.run(
+            [*command, KERNELS / f"{name}.cu"], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return {_short(kernel): report for kernel, report in sass.read(cubin).items()}
+
+
+def _short(mangled: str) -> str:
+    """_Z...forward_long_kernelINS0_8bfloat16ELi128ELi8E... -> forward_long 128 8 ..."""
+    name = re.search(r"\d([a-z_]+)_kernelI", mangled)[1]
+    return " ".join([name, *re.findall(r"L[ib](\d+)E", mangled)])
+
+
+def resources(kernel: str, report: sass.Report) -> dict[str, float]:
+    row = {"registers": report.registers, "shared": report.shared}
+    accesses = streamed(kernel)
+    if accesses is None:
+        return row
+    loop = report.tightest(*accesses)
+    return row | {"per_chunk": round(loop.instructions / loop.count(accesses[0]), 2)}
+
+
+def streamed(kernel: str) -> tuple[str, ...] | None:
+    """The instructions by which the kernel moves whole rows."""
+    load, store = "LDG.E.128", "STG.E.128"
+    return {
+        "forward_long": (load,),
+        "backward": (store,),
+        "threshold_forward": (load,),
+        "threshold_backward": (load, store),
+        # of the two kinds, that for rows of whole chunks
+        "gather 1": (load,),
+        "piece 1": (load,),
+    }.get(kernel if kernel.startswith(("gather", "piece")) else kernel.split()[0])
+
+
+def record() -> None:
+    jobs = [(file, arch) for file in FILES for arch in sass.ARCHITECTURES]
+    with ThreadPoolExecutor(2) as threads:
+        reports = threads.map(lambda job: compile_file(*job), jobs)
+    rows = {
+        f"{file} sm_{arch} {kernel}": resources(kernel, report)
+        for (file, arch), kernels in zip(jobs, reports, strict=True)
+        for kernel, report in sorted(kernels.items())
+    }
+    table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    table[version()] = rows
+    versions = []
+    for name, kernels in sorted(table.items()):
+        lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(row)}" for k, row in kernels.items())
+        versions.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}")
+    RESOURCES.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", choices=FILES)
+    parser.add_argument("architecture", nargs="?", type=int, default=90)
+    arguments = parser.parse_args()
+    if arguments.file is None:
+        record()
+        return
+    for kernel, report in compile_file(arguments.file, arguments.architecture).items():
+        print(report.sass)
+        print(f"{kernel}: {resources(kernel, report)}, {report.spills()} spills")
+
+
+if __name__ == "__main__":
+    main()

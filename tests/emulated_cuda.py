@@ -1,0 +1,312 @@
+"""The backend `cuda` on CPU tensors: its kernels emulated, for tests. As the glue, on ctypes."""
+
+import ctypes
+from functools import cache
+
+import emulation
+import torch
+from sparse_ce import backends, schema
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as in rows.h
+# What a kernel must not write to, on both sides of each of its outputs.
+_MARGIN = 1024
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "classes", "inner")),
+        *((name, ctypes.c_int64) for name in ("outer_stride", "inner_stride")),
+    ]
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        ("k", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("target", "weight")),
+        ("label_smoothing", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("loss", "lse", "indices", "probs", "scratch")),
+    ]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dloss", "dlse", "dprobs")),
+        *((name, ctypes.c_void_p) for name in ("target", "indices", "probs", "weight")),
+        ("label_smoothing", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("count", "k", "classes")),
+        ("dlogits", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+    ]
+
+
+class ThresholdForward(ctypes.Structure):
+    _fields_ = [
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        ("k", ctypes.c_int64),
+        ("delta", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("target", "weight")),
+        ("label_smoothing", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("loss", "lse", "row_max", "log_sum", "cut")),
+        *((name, ctypes.c_void_p) for name in ("cut_index", "kept")),
+    ]
+
+
+class ThresholdBackward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dloss", "dlse")),
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("target", "row_max", "log_sum", "cut")),
+        *((name, ctypes.c_void_p) for name in ("cut_index", "kept", "weight")),
+        ("label_smoothing", ctypes.c_double),
+        ("dlogits", ctypes.c_void_p),
+    ]
+
+
+class Gather(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("coefficients", "classes", "source")),
+        ("source_dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("tokens", "m", "width")),
+        ("out", ctypes.c_void_p),
+        ("out_dtype", ctypes.c_int),
+    ]
+
+
+class Segments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("coefficients", "sorted", "order", "starts")),
+        ("source", ctypes.c_void_p),
+        ("source_dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("pairs", "m", "classes", "width")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "out")),
+        ("out_dtype", ctypes.c_int),
+    ]
+
+
+_LAUNCHES = {
+    Forward: "topk_ce_forward",
+    Backward: "topk_ce_backward",
+    ThresholdForward: "threshold_ce_forward",
+    ThresholdBackward: "threshold_ce_backward",
+    Gather: "sparse_linear_gather",
+    Segments: "sparse_linear_segments",
+}
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    kernels = sorted(emulation.KERNELS.glob("*.cu"))
+    library = ctypes.CDLL(str(emulation.build(emulation.HEADERS / "emulated.cpp", *kernels)))
+    library.topk_ce_scratch_bytes.restype = ctypes.c_int64
+    library.sparse_linear_scratch_bytes.restype = ctypes.c_int64
+    for name in ("kernels_launched", *_LAUNCHES.values()):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+def run(arguments: ctypes.Structure) -> None:
+    error = getattr(_library(), _LAUNCHES[type(arguments)])(ctypes.byref(arguments))
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+class _Outputs:
+    """Tensors within memory that a kernel must leave alone. What they hold at first is NaN."""
+
+    def __init__(self) -> None:
+        self._all: list[Tensor] = []
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        # whole lines, so that a row begins where it would in an allocation of its own
+        memory = torch.full((size + 2 * _MARGIN,), 0xFF, dtype=torch.uint8)
+        start = _MARGIN - memory.data_ptr() % 64
+        self._all.append(memory)
+        self._all.append(memory[start : start + size])
+        return memory[start : start + size].view(dtype).view(shape)
+
+    def check(self) -> None:
+        for memory, inside in zip(self._all[::2], self._all[1::2], strict=True):
+            start = inside.data_ptr() - memory.data_ptr()
+            around = memory[:start], memory[start + inside.numel() :]
+            assert all((part == 0xFF).all() for part in around), "a kernel wrote beyond its output"
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rows(logits: Tensor) -> Rows:
+    classes = logits.shape[-1]
+    if logits.dim() == 2:
+        count, inner, outer_stride, inner_stride = (*logits.shape[:1], 1, logits.stride(0), 0)
+    else:
+        count, inner = logits.shape[:-1].numel(), logits.shape[1]
+        outer_stride, inner_stride = logits.stride()[:2]
+    return Rows(logits.data_ptr(), count, classes, inner, outer_stride, inner_stride)
+
+
+def topk_ce_fwd(
+    logits: Tensor, target: Tensor, weight: Tensor | None, k: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    leading, statistics = tuple(logits.shape[:-1]), schema.statistics_dtype(logits.dtype)
+    outputs = _Outputs()
+    loss, lse = outputs.new(leading, statistics), outputs.new(leading, statistics)
+    indices = outputs.new((*leading, k), torch.int32)
+    probs = outputs.new((*leading, k), statistics)
+    arguments = Forward(
+        _rows(logits), _DTYPES.index(logits.dtype), k, _pointer(target), _pointer(weight),
+        label_smoothing, *map(_pointer, (loss, lse, indices, probs)),
+    )  # fmt: skip
+    scratch = outputs.new((_library().topk_ce_scratch_bytes(ctypes.byref(arguments)),), torch.uint8)
+    arguments.scratch = scratch.data_ptr()
+    run(arguments)
+    outputs.check()
+    return loss, lse, indices, probs
+
+
+def topk_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    above = [None if d is None else d.contiguous() for d in (dloss, dlse, dprobs)]
+    outputs = _Outputs()
+    dlogits = outputs.new((*target.shape, num_classes), dtype)
+    arguments = Backward(
+        *map(_pointer, (*above, target, indices, probs, weight)), label_smoothing,
+        target.numel(), indices.shape[-1], num_classes, dlogits.data_ptr(), _DTYPES.index(dtype),
+    )  # fmt: skip
+    run(arguments)
+    outputs.check()
+    return dlogits
+
+
+def threshold_ce_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    k: int,
+    delta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    leading, outputs = tuple(logits.shape[:-1]), _Outputs()
+    statistics = [outputs.new(leading, schema.statistics_dtype(logits.dtype)) for _ in range(5)]
+    counts = [outputs.new(leading, torch.int32) for _ in range(2)]
+    run(
+        ThresholdForward(
+            _rows(logits), _DTYPES.index(logits.dtype), k, delta, _pointer(target),
+            _pointer(weight), label_smoothing, *map(_pointer, (*statistics, *counts)),
+        )
+    )  # fmt: skip
+    outputs.check()
+    return *statistics, *counts
+
+
+def threshold_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    cut: Tensor,
+    cut_index: Tensor,
+    kept: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    above = [None if d is None else d.contiguous() for d in (dloss, dlse)]
+    outputs = _Outputs()
+    dlogits = outputs.new(tuple(logits.shape), logits.dtype)
+    saved = (target, row_max, log_sum, cut, cut_index, kept, weight)
+    run(
+        ThresholdBackward(
+            *map(_pointer, above), _rows(logits), _DTYPES.index(logits.dtype),
+            *map(_pointer, saved), label_smoothing, dlogits.data_ptr(),
+        )
+    )  # fmt: skip
+    outputs.check()
+    return dlogits
+
+
+def sparse_linear_buffer(like: Tensor, rows: int, num_classes: int) -> Tensor:
+    return like.new_empty(rows, num_classes)
+
+
+def sparse_linear_dhidden(
+    coefficients: Tensor, classes: Tensor, weight: Tensor, dtype: torch.dtype
+) -> Tensor:
+    (tokens, m), width = classes.shape, weight.shape[1]
+    outputs = _Outputs()
+    out = outputs.new((tokens, width), dtype)
+    run(
+        Gather(
+            *map(_pointer, (coefficients, classes, weight)), _DTYPES.index(weight.dtype),
+            tokens, m, width, out.data_ptr(), _DTYPES.index(dtype),
+        )
+    )  # fmt: skip
+    outputs.check()
+    return out
+
+
+def sparse_linear_dweight(
+    coefficients: Tensor, classes: Tensor, hidden: Tensor, num_classes: int, dtype: torch.dtype
+) -> Tensor:
+    by_class, order = torch.sort(classes.flatten(), stable=True)
+    starts = torch.searchsorted(by_class, torch.arange(num_classes + 1, dtype=torch.int32))
+    outputs = _Outputs()
+    out = outputs.new((num_classes, hidden.shape[1]), dtype)
+    arguments = Segments(
+        *map(_pointer, (coefficients, by_class, order, starts, hidden)),
+        _DTYPES.index(hidden.dtype), classes.numel(), classes.shape[1], *out.shape, None,
+        out.data_ptr(), _DTYPES.index(dtype),
+    )  # fmt: skip
+    size = _library().sparse_linear_scratch_bytes(ctypes.byref(arguments))
+    scratch = outputs.new((size,), torch.uint8)
+    arguments.scratch = scratch.data_ptr()
+    run(arguments)
+    outputs.check()
+    return out
+
+
+def launched() -> list[str]:
+    """The kernels that have run since the last call."""
+    return _library().kernels_launched().decode().splitlines()
+
+
+def _unavailable() -> str | None:
+    return None if emulation.compiler() else "no C++ compiler was found"
+
+
+ROW = backends.Backend(
+    "cuda",
+    (__name__,),
+    devices=("cpu",),
+    dtypes=backends.ALL_DTYPES,
+    large_k=True,
+    why_here="the CUDA kernels on the processor: for tests, never for speed",
+    unavailable=_unavailable,
+)
+
+
+def register() -> None:
+    """Put it into the registry, in the place of the backend for GPUs or at the end."""
+    if _unavailable() is None:
+        _library()  # what does not compile says so once, and not in every test
+    rows = [row for row in backends.BACKENDS if row.name != ROW.name]
+    backends.BACKENDS = (*rows, ROW)
+    backends.NAMES = tuple(row.name for row in backends.BACKENDS)

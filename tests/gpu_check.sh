@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Proves the GPU backends on this machine, then times them: tests, sanitizers, bench. Needs a GPU, no network.
+#
+#   bash tests/gpu_check.sh PYTHON [quick|full]
+#
+# Everything goes to $OUT (out/): gpu-check.log with the output of all stages, summary.txt, and the times, which also go to
+# bench/results/. Exit status: 0 all passed, 1 something failed, 2 no GPU. A stage that fails does not stop the next ones, but
+# nothing is timed after a failure. $LIMIT is the time for all of it, in seconds; a stage that it leaves no time for fails.
+set -uo pipefail
+python=$(realpath -s "$1")
+mode=${2:-quick}
+out=$(realpath -m "${OUT:-out}")
+cd "$(dirname "$0")/.."
+mkdir -p "$out" bench/results
+log=$out/gpu-check.log
+summary=$out/summary.txt
+: >"$log"
+: >"$summary"
+if [ "$mode" = full ]; then limit=${LIMIT:-5400} longer=6; else limit=${LIMIT:-440} longer=1; fi
+failed=0
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+
+say() { echo "$*" | tee -a "$log" "$summary"; }
+note() { say "note: $*"; }
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+# stage NAME SECONDS COMMAND...: in full mode it has longer
+stage() {
+  local name=$1 seconds=$(($2 * longer)) left=$((limit - SECONDS)) start=$SECONDS status=pass
+  shift 2
+  printf '\n=== %s: %s\n' "$name" "$*" >"$output"
+  if [ "$left" -lt 5 ]; then
+    status="FAIL, no time left"
+  else
+    timeout -k 10 $((seconds < left ? seconds : left)) "$@" >>"$output" 2>&1
+    case $? in
+      0) ;;
+      124 | 137) status="FAIL, time limit" ;;
+      *) status=FAIL ;;
+    esac
+  fi
+  cat "$output" >>"$log"
+  # pytest ends with the number of its tests
+  say "$(printf '%-28s %-18s %4d s  %s' "$name" "$status" $((SECONDS - start)) \
+    "$(grep -aE '(passed|failed|skipped|errors?).* in [0-9.]+s' "$output" | tail -n 1 | tr -d = | cut -c 1-80)")"
+  [ "$status" = pass ] && return
+  failed=1
+  grep -aE '^(FAILED|ERROR|========= [A-Z])' "$output" | head -n 5 | cut -c 1-200 | tee -a "$summary"
+  return 1
+}
+
+"$python" -m sparse_ce | tee -a "$log"
+if ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
+  say "no GPU: torch sees none on this machine, so nothing was proved"
+  exit 2
+fi
+nvidia-smi >>"$log" 2>&1
+
+has pytest || { say "FAIL: the tests need pytest"; exit 1; }
+parallel=()
+cores=$(nproc)
+if has xdist; then parallel=(-n "${WORKERS:-$((cores < 12 ? cores : 12))}"); else note "without pytest-xdist the tests run one by one"; fi
+has hypothesis || note "without hypothesis its tests are left out"
+has expecttest || note "without expecttest opcheck is left out"
+pytest=("$python" -m pytest -q --maxfail=20 -p no:cacheprovider -rs)
+
+export SPARSE_CE_REQUIRE=cuda,triton,cpu,eager
+# every worker would start as many compilers as there are cores
+export TORCHINDUCTOR_COMPILE_THREADS=1
+stage "graphs, streams, memory" 120 "${pytest[@]}" "${parallel[@]}" tests/test_gpu.py \
+  -k "triton-cuda or cuda-cuda"
+for backend in cuda triton; do
+  stage "tests of $backend" 180 env SPARSE_CE_REQUIRE="$backend" "${pytest[@]}" "${parallel[@]}" tests -k "$backend-cuda and not 2_31" \
+    --ignore=tests/test_gpu.py --ignore-glob="*_aot.py"
+done
+# one by one: each takes ten GB or more
+stage "more than 2^31 elements" 60 "${pytest[@]}" tests/test_kernels.py -k "2_31 and (triton-cuda or cuda-cuda)"
+if [ "$mode" = full ]; then
+  stage "all other tests" 600 "${pytest[@]}" "${parallel[@]}" tests --ignore-glob="*_aot.py" \
+    -k "not triton-cuda and not cuda-cuda"
+fi
+
+# Small cases of every kind of kernel. Without torch's cache every tensor is an allocation of its own, with ends.
+sizes="33x5 or 257x21 or 1003x20 or 1003x129 or 5001x20 or 5001x300 or 5001x5001"
+[ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
+cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
+tools=(memcheck racecheck synccheck)
+[ "$mode" = full ] && tools+=(initcheck)
+command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
+for tool in "${tools[@]}"; do
+  before=$failed
+  stage "compute-sanitizer $tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    --error-exitcode 9 --report-api-errors no "${pytest[@]}" tests/test_kernels.py tests/test_linear.py \
+    -k "(triton-cuda or cuda-cuda) and ($cases)"
+  # a virtual machine may keep the debugging interface from it
+  if grep -q "Device not supported" "$output"; then
+    failed=$before
+    note "compute-sanitizer does not support this device: no memory errors and races were looked for"
+    break
+  fi
+done
+
+if [ "$failed" = 1 ]; then
+  say "nothing was timed: a stage failed"
+  exit 1
+fi
+name=$("$python" - <<'NAME'
+import re
+import torch
+
+versions = f"torch{torch.__version__.partition('+')[0]}-cuda{torch.version.cuda}"
+print(re.sub("[^a-z0-9.]+", "-", f"floor-{torch.cuda.get_device_name()}-{versions}".lower()))
+NAME
+)
+results=bench/results/$name.json
+dtypes=(bf16)
+[ "$mode" = full ] && dtypes=(bf16 fp32)
+stage "bench" 150 "$python" -m bench.run --suite floor --device cuda --dtype "${dtypes[@]}" --json "$results"
+[ -e "$results" ] && cp "$results" "$out"
+if has matplotlib; then
+  for backend in cuda triton; do
+    picture=bench/results/$name-$backend.png
+    stage "picture of $backend" 30 "$python" -m bench.plot "$results" --provider "sparse_ce.$backend" --out "$picture" &&
+      cp "$picture" "$out"
+  done
+else
+  note "without matplotlib there is no picture: python -m bench.plot $results"
+fi
+[ "$failed" = 0 ] && say "passed: all that this machine can run"
+exit "$failed"

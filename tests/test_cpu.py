@@ -1,0 +1,92 @@
+"""The CPU kernels on every instruction set of this processor, through the user's own override."""
+
+import cases
+import pytest
+import torch
+from sparse_ce import backends, fused_sparse_ce
+from stems import STEMS, Call
+from subjects import Subject
+from test_cosine import test_values as check_distances
+from test_kernels import check
+from test_linear import test_sums_of_weighted_rows as check_sums_of_weighted_rows
+
+pytestmark = [
+    pytest.mark.skipif(
+        backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu"))
+    ),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+CPU = Subject("cpu", "cpu")
+TOPK_CE = next(stem for stem in STEMS if stem.name == "topk_ce")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request, monkeypatch):
+    monkeypatch.setenv("SPARSE_CE_CPU_ISA", request.param)
+    try:
+        chosen = torch.ops.sparse_ce_native.cpu_isa()
+    except RuntimeError:
+        pytest.skip(f"this processor does not have {request.param}")
+    assert chosen == request.param
+    return request.param
+
+
+# Around the sizes of a vector, a group of vectors and the buffers of candidates.
+SIZES = [(1, 1), (33, 33), (127, 1), (1003, 20), (4099, 700)]
+
+
+@pytest.mark.parametrize("classes, k", SIZES)
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("stem", STEMS, ids=str)
+def test_values(isa, stem, dtype, classes, k):
+    for filler in cases.FILLERS:
+        logits = cases.logits(filler, 2, classes, dtype)
+        call = Call(logits, cases.targets(logits, k), k, label_smoothing=0.1 * (k % 2))
+        check(CPU, stem, call, "ab")
+
+
+@pytest.mark.parametrize("features", [1, 33])
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_sums_of_rows(isa, dtype, features):
+    check_sums_of_weighted_rows(CPU, dtype, features, "same")
+
+
+@pytest.mark.parametrize("width", [1, 31, 300])
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+def test_distances(isa, dtype, width, distance):
+    check_distances(CPU, dtype, width, distance)
+
+
+@pytest.mark.parametrize("k", [1, 20, 700])
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_every_class_a_candidate(isa, dtype, k):
+    """Ties at the cut fill the buffer of candidates over and over; each time a little better."""
+    rising = torch.arange(20000).div(700, rounding_mode="floor").to(dtype)
+    logits = torch.stack([torch.zeros_like(rising), rising, -rising, rising.flip(0)])
+    check(CPU, TOPK_CE, Call(logits, cases.targets(logits, k), k))
+
+
+def test_threads_change_nothing(isa):
+    logits = cases.logits("random", 64, 5001, torch.float32)
+    target = torch.arange(64)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            x = logits.clone().requires_grad_()
+            loss = fused_sparse_ce(x, target, 20, backend="cpu")
+            loss.backward()
+            results.append((loss.detach(), x.grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("SPARSE_CE_CPU_ISA", "sse9")
+    with pytest.raises(RuntimeError, match="SPARSE_CE_CPU_ISA: expected .* got sse9"):
+        fused_sparse_ce(torch.randn(2, 9), torch.tensor([1, 2]), 3, backend="cpu")

@@ -1,0 +1,74 @@
+"""The machine code of the CUDA kernels: without a GPU, so without times.
+
+All dtypes on all architectures, four minutes on two cores. No kernel may spill, rows must move in
+accesses of 16 bytes, and nothing may grow: cuda_resources.json holds registers, shared memory and
+instruction counts per version of nvcc; ``python tests/cuda_aot.py`` writes it anew.
+"""
+
+import json
+
+import cuda_aot
+import pytest
+import sass
+
+if cuda_aot.missing() is not None:
+    pytest.skip(cuda_aot.missing(), allow_module_level=True)
+
+# What a block can have without asking for more, and what CUDA takes for itself of it.
+STATIC_SHARED, RESERVED = 48 << 10, 1 << 10
+
+
+# Kernels of a file, counted by their names without numbers.
+KERNELS = {"topk_ce": 5, "threshold_ce": 3, "sparse_linear": 3}
+
+
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("dtype", cuda_aot.DTYPES)
+@pytest.mark.parametrize("stem", cuda_aot.STEMS)
+def test_compiled(stem: str, dtype: str, architecture: int) -> None:
+    file = f"{stem}_{dtype}"
+    kernels = cuda_aot.compile_file(file, architecture)
+    assert len({name.split()[0] for name in kernels}) == KERNELS[stem]
+    recorded = json.loads(cuda_aot.RESOURCES.read_text()).get(cuda_aot.version(), {})
+    for name, report in kernels.items():
+        assert (report.stack, report.local, report.spills()) == (0, 0, 0), name
+        assert report.shared <= STATIC_SHARED + RESERVED, name
+        for access in cuda_aot.streamed(name) or ():
+            # rows move 16 bytes at a time, several at once
+            loop = report.tightest(*cuda_aot.streamed(name))
+            assert loop.count(access) >= (2 if "f64" in file and "backward" in name else 4), name
+            # and nothing narrower is in the loop, unless it says which rows
+            assert stem == "sparse_linear" or loop.count(access) == loop.count(access[:3]), name
+        # another version of nvcc compiles otherwise; what it must not do is asserted above
+        if recorded:
+            then = recorded[f"{file} sm_{architecture} {name}"]
+            now = cuda_aot.resources(name, report)
+            assert now["registers"] <= then["registers"] + sass.MARGIN_REGISTERS, name
+            assert now["shared"] <= then["shared"], name
+            assert now.get("per_chunk", 0) <= sass.MARGIN_INSTRUCTIONS * then.get("per_chunk", 0), (
+                name
+            )
+
+
+@pytest.mark.parametrize("stem", cuda_aot.STEMS)
+def test_dispatch_compiles_no_kernel(stem: str) -> None:
+    """Each dtype is compiled in a file of its own, once."""
+    assert cuda_aot.compile_file(stem, 90) == {}
+
+
+def test_every_file_is_looked_at() -> None:
+    files = {path.stem for path in cuda_aot.KERNELS.glob("*.cu")}
+    assert files == {*cuda_aot.STEMS, *cuda_aot.FILES}
+
+
+def test_records_are_of_the_kernels() -> None:
+    """The same kernels for every architecture, and for every dtype but where lists differ."""
+    for version, rows in json.loads(cuda_aot.RESOURCES.read_text()).items():
+        by_file: dict[str, dict[str, set[str]]] = {}
+        for name in rows:
+            file, arch, kernel = name.split(" ", 2)
+            by_file.setdefault(file, {}).setdefault(arch, set()).add(kernel)
+        assert set(by_file) == set(cuda_aot.FILES), version
+        for kernels in by_file.values():
+            assert set(kernels) == {f"sm_{arch}" for arch in sass.ARCHITECTURES}, version
+            assert len({frozenset(names) for names in kernels.values()}) == 1, version

@@ -1,0 +1,138 @@
+"""How the CUDA kernels are chosen, and what their launchers refuse. What they compute is tested in
+test_kernels.py, as on every backend.
+"""
+
+import re
+
+import pytest
+import subjects
+import torch
+
+if not subjects.EMULATING:
+    pytest.skip("runs with SPARSE_CE_EMULATE=1", allow_module_level=True)
+
+import emulated_cuda  # noqa: E402
+
+pytestmark = pytest.mark.interpreter
+
+# (dtype, rows, classes, k) -> the kernels of forward with their numbers, threads per row first
+SHORT_WARP, SHORT_128 = "short 32 8 256", "short 128 16 1024"
+CHOSEN = [
+    (torch.bfloat16, 5, 256, 32, [SHORT_WARP]),
+    (torch.bfloat16, 5, 1024, 32, ["long 32 4 1 256"]),
+    (torch.float32, 5, 1024, 32, ["long 32 8 1 256"]),
+    (torch.float64, 5, 4096, 32, ["long 32 8 1 256"]),
+    (torch.float32, 5, 4097, 32, ["long 128 8 1 1024"]),
+    (torch.float32, 5, 2048, 33, [SHORT_128]),
+    (torch.float16, 5, 2049, 128, ["long 128 8 1 1024"]),
+    (torch.float32, 5, 4096, 129, ["short 512 8 4096"]),
+    (torch.float64, 5, 4096, 1024, ["short 512 8 2048"]),
+    (torch.float32, 5, 4097, 1024, ["long 512 4 4 4096"]),
+    (torch.float64, 5, 4097, 129, ["long 512 4 2 2048"]),
+    (torch.float32, 5, 1025, 1025, ["radix 1024"]),
+    (torch.float32, 1, 32767, 20, ["long 128 8 1 1024"]),
+    (torch.float32, 1, 32768, 20, ["long 128 8 1 1024", "merge 512 2048"]),
+    (torch.float64, 2, 32768, 1024, ["long 512 4 2 2048", "merge 512 2048"]),
+    (torch.float32, 129, 32768, 20, ["long 128 8 1 1024"]),
+]
+
+
+@pytest.mark.parametrize("dtype, rows, classes, k, kernels", CHOSEN, ids=str)
+def test_chosen_kernels(dtype, rows, classes, k, kernels):
+    logits = torch.randn(1, classes).to(dtype).expand(rows, -1)
+    emulated_cuda.launched()
+    outputs = emulated_cuda.topk_ce_fwd(logits, torch.zeros(rows, dtype=torch.int64), None, k, 0.0)
+    names = [
+        " ".join(
+            re.search(r"forward_([a-z]+)_kernel<\S+, (.*?)>", name).expand(r"\1 \2").split(", ")
+        )
+        for name in emulated_cuda.launched()
+    ]
+    assert names == kernels
+    expected = logits[0].double().sort(descending=True, stable=True).indices[:k]
+    assert (outputs[2] == expected).all()
+
+
+@pytest.mark.parametrize("classes, threads", [(4096, 32), (4097, 256)])
+def test_chosen_kernel_of_backward(classes, threads):
+    logits, target = torch.randn(3, classes).bfloat16(), torch.tensor([0, 1, 2])
+    _, _, indices, probs = emulated_cuda.topk_ce_fwd(logits, target, None, 20, 0.0)
+    emulated_cuda.launched()
+    arguments = (target, indices, probs, None, 0.0, classes, torch.bfloat16)
+    emulated_cuda.topk_ce_bwd(torch.ones(3), None, None, *arguments)
+    (name,) = emulated_cuda.launched()
+    assert re.search(rf"backward_kernel<\S+bfloat16, {threads}>", name)
+
+
+@pytest.mark.parametrize(
+    "dtype, classes, k, threads",
+    [
+        (torch.bfloat16, 4096, 4096, [32]),
+        (torch.bfloat16, 4097, 4096, [1024, 256]),
+        (torch.float64, 1024, 1023, [1024, 32]),
+        (torch.float64, 1025, 1025, [256]),
+    ],
+)
+def test_chosen_kernels_of_threshold_ce(dtype, classes, k, threads):
+    """One more where k cuts; warps or blocks by the bytes of a row, backward as forward."""
+    logits, target = torch.randn(3, classes).to(dtype), torch.tensor([0, 1, 2])
+    emulated_cuda.launched()
+    outputs = emulated_cuda.threshold_ce_fwd(logits, target, None, k, 1.0, 0.0)
+    saved = outputs[2:]
+    emulated_cuda.threshold_ce_bwd(torch.ones(3), None, logits, target, *saved, None, 0.0)
+    found = [re.search(r", (\d+)>", name)[1] for name in emulated_cuda.launched()]
+    assert found == [str(t) for t in (*threads, threads[-1])]
+
+
+@pytest.mark.parametrize(
+    "width, begin, rows, aligned", [(24, 0, 300, True), (24, 1, 300, False), (20, 0, 51, False)]
+)
+def test_chosen_kernels_of_sparse_linear(width, begin, rows, aligned):
+    """Rows of whole chunks in memory are told from others; few pairs make no piece."""
+    hidden = torch.randn(rows * width + begin).bfloat16()[begin:].view(rows, width)
+    g, classes = torch.randn(rows, 5), torch.randint(7, (rows, 5), dtype=torch.int32)
+    emulated_cuda.launched()
+    emulated_cuda.sparse_linear_dhidden(g, classes, hidden, torch.float32)
+    emulated_cuda.sparse_linear_dweight(g, classes, hidden, 7, torch.float32)
+    found = [
+        re.search(r"([a-z]+)_kernel<\S+, (true|false)>", name).groups()
+        for name in emulated_cuda.launched()
+    ]
+    kernels = ["gather", *(["piece"] if rows * 5 >= 256 else []), "segment"]
+    assert found == [(kernel, str(aligned).lower()) for kernel in kernels]
+
+
+@pytest.mark.parametrize(
+    "rows, classes, k",
+    [(2**31, 5, 2), (1, 5, 6), (1, 5, 0), (1, 2**31 - 1, 5), (1, 2**30 + 2, 2**30 + 1)],
+)
+def test_sizes_out_of_range_are_refused(rows, classes, k):
+    """Before anything is launched, or looked at: neither these logits nor these rows are there."""
+    row = emulated_cuda.Rows(None, rows, classes, 1, classes, 0)
+    forward = emulated_cuda.Forward(row, 0, k)
+    backward = emulated_cuda.Backward(count=rows, classes=classes, k=k)
+    for arguments in (forward, backward):
+        assert_refused(arguments)
+
+
+@pytest.mark.parametrize("rows, classes, k", [(2**31, 5, 2), (1, 5, 6), (1, 5, 0), (1, 2**31, 5)])
+def test_sizes_out_of_range_are_refused_by_threshold_ce(rows, classes, k):
+    row = emulated_cuda.Rows(None, rows, classes, 1, classes, 0)
+    assert_refused(emulated_cuda.ThresholdForward(row, 0, k, 1.0))
+    if 1 <= k <= classes:
+        assert_refused(emulated_cuda.ThresholdBackward(None, None, row, 0))
+
+
+def test_sizes_out_of_range_are_refused_by_sparse_linear():
+    half = 2**30
+    assert_refused(emulated_cuda.Gather(tokens=half, m=2, width=5))
+    assert_refused(emulated_cuda.Gather(tokens=1, m=0, width=5))
+    assert_refused(emulated_cuda.Segments(pairs=2 * half, m=2, classes=5, width=5))
+    assert_refused(emulated_cuda.Segments(pairs=5, m=1, classes=2 * half, width=5))
+    # float64 goes with float64 alone
+    assert_refused(emulated_cuda.Gather(tokens=1, m=1, width=5, out_dtype=3))
+
+
+def assert_refused(arguments):
+    with pytest.raises(RuntimeError, match="^the launch was refused$"):
+        emulated_cuda.run(arguments)

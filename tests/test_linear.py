@@ -1,0 +1,469 @@
+"""fused_linear_sparse_ce and the operators of sparse_linear. SPEC 2.
+
+Hidden and weight are small multiples of a power of two, so that every logit is exact in every dtype
+and in every order of summation: the truth of the logits is then the truth of closeness.py, ties and
+all, and only the sums of the gradients have tolerances of their own.
+"""
+
+import math
+
+import pytest
+import subjects
+import torch
+import torch.nn.functional as F
+from closeness import Truth, assert_within
+from sparse_ce import (
+    SparseLinearCrossEntropy,
+    backends,
+    fused_linear_sparse_ce,
+    fused_sparse_ce,
+    linear,
+    ops,
+)
+from torch.utils.checkpoint import checkpoint
+
+FEATURES, CLASSES, K = 24, 203, 7
+STATISTICS = {torch.float64: torch.float64}
+
+
+def layer(dtype, rows=(3, 5), bias=False, device="cpu", classes=CLASSES, features=FEATURES):
+    torch.manual_seed(0)
+    hidden = torch.randint(-2, 3, (*rows, features)) / 4
+    weight = torch.randint(-2, 3, (classes, features)) / 2
+    b = torch.randint(-4, 5, (classes,)) / 8 if bias else None
+    target = torch.randint(classes, rows)
+    made = (hidden, weight, b)
+    made = [t if t is None else t.to(dtype).to(device).requires_grad_() for t in made]
+    return (*made, target.to(device))
+
+
+def statistics(dtype):
+    return STATISTICS.get(dtype, torch.float32)
+
+
+class LinearTruth:
+    """The gradients of sum(dloss loss) in float64, and how far from them a result may be."""
+
+    def __init__(self, hidden, weight, bias, target, k, dloss, class_weight=None, smoothing=0.0):
+        h, w = (t.detach().cpu().double().reshape(-1, t.shape[-1]) for t in (hidden, weight))
+        self.dtype, self.rounded = hidden.dtype, {"dhidden": hidden.dtype, "dweight": weight.dtype}
+        self.rounded["dbias"] = weight.dtype
+        logits = F.linear(h, w, None if bias is None else bias.detach().cpu().double())
+        exact = logits.to(hidden.dtype)
+        assert torch.equal(exact.double(), logits), "the logits of these tests are exact"
+        truth = Truth(exact, target, k, class_weight, smoothing)
+        self.loss = truth
+        a = dloss.detach().cpu().double().flatten()
+        rows = torch.arange(h.shape[0])
+        q = torch.zeros(h.shape[0], k).double()
+        g = truth._gradient(rows, a, torch.zeros_like(a), q)
+        dg = truth._gradient_tolerance(rows, a, torch.zeros_like(a), q)
+        ones = torch.ones(h.shape[0], 1).double()
+        self.expected = {"dhidden": g @ w, "dweight": g.t() @ h, "dbias": (g.t() @ ones)[:, 0]}
+        self.error = {
+            "dhidden": dg @ w.abs(), "dweight": dg.t() @ h.abs(), "dbias": (dg.t() @ ones)[:, 0],
+        }  # fmt: skip
+        # terms as large as what they are made of: the target's share may cancel against p
+        size = g.abs() + 2 * (g < 0) * a.abs().unsqueeze(-1)
+        self.size = {
+            "dhidden": size @ w.abs(), "dweight": size.t() @ h.abs(),
+            "dbias": (size.t() @ ones)[:, 0],
+        }  # fmt: skip
+        self.terms = {"dhidden": k + 1, "dweight": h.shape[0], "dbias": h.shape[0]}
+        self.unit = truth.unit
+
+    def assert_gradients(self, dense=False, chunks=1, **found):
+        for name, gradient in found.items():
+            size, eps = self.size[name], torch.finfo(self.rounded[name]).eps
+            # float32 sums of that many products, in any order; then one rounding to the output
+            tolerance = self.error[name] + self.unit * (self.terms[name] + 1) / 2 * size
+            if dense:  # dlogits is rounded to the dtype of the product, and the sum of each chunk
+                tolerance += (1 + chunks) * torch.finfo(self.dtype).eps * size
+            tolerance += (self.expected[name].abs() + tolerance) * eps / 2
+            assert gradient.dtype == self.rounded[name]
+            expected = self.expected[name].reshape(gradient.shape)
+            tolerance = tolerance.reshape(gradient.shape) + torch.finfo(self.rounded[name]).tiny
+            assert_within(name, gradient, expected, tolerance)
+
+
+def gradients(loss, dloss, hidden, weight, bias):
+    inputs = {"dhidden": hidden, "dweight": weight, **({} if bias is None else {"dbias": bias})}
+    return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), dloss), strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backward", ["sparse", "dense"])
+@pytest.mark.parametrize("smoothing, weighted, bias", [(0.0, False, False), (0.1, True, True)])
+def test_values_and_gradients(subject, dtype, backward, smoothing, weighted, bias):
+    rows = (2, 3) if subjects.INTERPRETING else (5, 9)
+    classes = 37 if subjects.INTERPRETING else CLASSES
+    hidden, weight, b, target = layer(dtype, rows, bias, subject.device, classes)
+    w = torch.rand(classes, dtype=statistics(dtype)).to(subject.device) if weighted else None
+    chunk_bytes = 4 * classes * dtype.itemsize
+    loss = fused_linear_sparse_ce(
+        hidden, weight, target, K, bias=b, class_weight=w, label_smoothing=smoothing,
+        reduction="none", backward=backward, chunk_bytes=chunk_bytes, backend=subject.backend,
+    )  # fmt: skip
+    dloss = torch.randn(rows, dtype=loss.dtype).to(subject.device)
+    truth = LinearTruth(hidden, weight, b, target, K, dloss, w, smoothing)
+    truth.loss.assert_loss(loss)
+    chunks = math.ceil(target.numel() / 4)
+    found = gradients(loss, dloss, hidden, weight, b)
+    truth.assert_gradients(backward == "dense", chunks, **found)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("features", [1, 33, 1100])
+@pytest.mark.parametrize("out", ["same", "float32"])
+def test_sums_of_weighted_rows(subject, dtype, features, out):
+    """Also a class of more pairs than the kernels sum at once, and rows of NaN without a share."""
+    if not subject.defines("sparse_linear"):
+        pytest.skip("it has no kernels of its own for this")
+    rows, m, classes = (140, 9, 11) if subjects.INTERPRETING else (700, 5, 40)
+    if features > 1000:
+        rows //= 4
+    torch.manual_seed(0)
+    wide = statistics(dtype)
+    g = torch.randn(rows, m, dtype=wide)
+    index = torch.randint(classes - 1, (rows, m), dtype=torch.int32)
+    index[:, ::2] = 3  # more than half of all pairs
+    g[5] = 0
+    hidden, weight = torch.randn(rows, features).to(dtype), torch.randn(classes, features).to(dtype)
+    exact_g = g.double()
+    hidden[5], weight[4], g[index == 4] = torch.nan, torch.nan, 0
+    exact_g[index == 4] = 0
+    clean = [t.double().nan_to_num() for t in (hidden, weight)]
+    output = wide if out == "float32" else dtype
+    there = [t.to(subject.device) for t in (g, index, weight, hidden)]
+    one_hot = torch.zeros(rows, classes).double().scatter_add_(1, index.long(), exact_g)
+    size = torch.zeros(rows, classes).double().scatter_add_(1, index.long(), exact_g.abs())
+    unit, eps = torch.finfo(wide).eps, torch.finfo(output).eps
+    for name, found, expected, scale in (
+        ("dhidden", ops.sparse_linear_dhidden(*there[:3], output, subject.backend),
+         one_hot @ clean[1], size @ clean[1].abs()),
+        ("dweight", ops.sparse_linear_dweight(
+            *there[:2], there[3], classes, output, subject.backend),
+         one_hot.t() @ clean[0], size.t() @ clean[0].abs()),
+    ):  # fmt: skip
+        terms = m if name == "dhidden" else int((index == 3).sum())
+        tolerance = unit * (terms + 1) / 2 * scale
+        tolerance = tolerance + (expected.abs() + tolerance) * eps / 2
+        assert found.dtype == output and found.is_contiguous()
+        assert_within(name, found, expected, tolerance)
+
+
+def test_two_runs_and_any_number_of_threads_agree_in_all_bits(subject):
+    torch.manual_seed(0)
+    g = torch.randn(3000, 5).to(subject.device)
+    index = torch.randint(30, (3000, 5), dtype=torch.int32).clamp(max=20).to(subject.device)
+    hidden = torch.randn(3000, 40).to(subject.device)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            found.append(ops.sparse_linear_dweight(g, index, hidden, 30, g.dtype, subject.backend))
+            found.append(ops.sparse_linear_dhidden(g, index, hidden, g.dtype, subject.backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found[2:], found[:-2], strict=True))
+
+
+@pytest.mark.parametrize("k", [1, K, 150, CLASSES, None])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_the_function_on_logits(subject, k, reduction):
+    """With ignored tokens, three dimensions and a bias: as fused_sparse_ce on the logits."""
+    hidden, weight, bias, target = layer(torch.float32, bias=True, device=subject.device)
+    target[0, :3] = -100
+    options = {"reduction": reduction, "label_smoothing": 0.1, "backend": subject.backend}
+    ours = fused_linear_sparse_ce(
+        hidden, weight, target, k, bias=bias, chunk_bytes=4 * 4 * CLASSES, **options
+    )
+    theirs = fused_sparse_ce(F.linear(hidden, weight, bias), target, k, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    above = torch.randn_like(ours)
+    inputs = (hidden, weight, bias)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, above),
+        torch.autograd.grad(theirs, inputs, above),
+        strict=True,
+    ):
+        # sums of up to 16 float32 terms of size at most 4
+        torch.testing.assert_close(a, b, rtol=0, atol=16 * 4 * torch.finfo(torch.float32).eps)
+
+
+def test_support(subject):
+    hidden, weight, _, target = layer(torch.float32, device=subject.device)
+    options = {"return_support": True, "backend": subject.backend}
+    loss, support = fused_linear_sparse_ce(
+        hidden, weight, target, K, chunk_bytes=4 * 4 * CLASSES, **options
+    )
+    _, expected = fused_sparse_ce(hidden @ weight.t(), target, K, **options)
+    assert torch.equal(support.indices, expected.indices) and support.num_classes == CLASSES
+    # lse and probs are differentiable through the layer
+    ours = torch.autograd.grad(support.lse.sum() + support.entropy().sum(), (hidden, weight))
+    theirs = torch.autograd.grad(expected.lse.sum() + expected.entropy().sum(), (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", [(True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("backward", ["sparse", "dense"])
+def test_only_what_is_asked_for_is_computed(subject, which, backward):
+    hidden, weight, _, target = layer(torch.float32, device=subject.device)
+    both = torch.autograd.grad(
+        fused_linear_sparse_ce(hidden, weight, target, K, backward=backward,
+                               backend=subject.backend),
+        (hidden, weight),
+    )  # fmt: skip
+    hidden, weight = (
+        t.detach().requires_grad_(w) for t, w in zip((hidden, weight), which, strict=True)
+    )
+    loss = fused_linear_sparse_ce(
+        hidden, weight, target, K, backward=backward, backend=subject.backend
+    )
+    assert loss.requires_grad == any(which)
+    if any(which):
+        loss.backward()
+    for leaf, needed, expected in zip((hidden, weight), which, both, strict=True):
+        assert (leaf.grad is None) == (not needed)
+        assert not needed or torch.equal(leaf.grad, expected)
+
+
+def sizes_of_allocations(run):
+    """Bytes of every allocation, and the most that was held at a time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held, highest = 0, 0
+    for _, change in changes:
+        held += change
+        highest = max(highest, held)
+    return [change for _, change in changes if change > 0], highest
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_no_tensor_of_all_logits_ever_exists(backend):
+    """The peak is the chunk, the gradient of the weight, and O(N k)."""
+    if backends.unavailable(backend) is not None:
+        pytest.skip(str(backends.unavailable(backend)))
+    rows, classes, features, k, chunk = 2048, 20000, 64, 20, 8 << 20
+    hidden = torch.randn(rows, features, requires_grad=True)
+    weight = torch.randn(classes, features, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+
+    def step():
+        fused_linear_sparse_ce(
+            hidden, weight, target, k, chunk_bytes=chunk, backward="sparse", backend=backend
+        ).backward()
+
+    allocations, peak = sizes_of_allocations(step)
+    logits, dweight = 4 * rows * classes, 4 * classes * features
+    # eager makes 64-bit keys of the logits of a chunk, and sums pairs in parts of 2^24 elements
+    scratch = {"cpu": 0, "eager": max(2 * chunk, 4 * rows * (k + 1) * features)}[backend]
+    assert max(allocations) <= max(chunk, dweight, scratch) < logits
+    # a pair is a float and an int32; there are the probabilities, the pairs, their classes sorted
+    assert peak <= chunk + dweight + 4 * hidden.numel() + 64 * rows * (k + 1) + 5 * scratch
+
+
+def test_evaluation_allocates_no_gradient():
+    hidden, weight = torch.randn(256, 64), torch.randn(5000, 64, requires_grad=True)
+    target = torch.randint(5000, (256,))
+    with torch.no_grad():
+        allocations, _ = sizes_of_allocations(
+            lambda: fused_linear_sparse_ce(hidden, weight, target, 20, chunk_bytes=1 << 20)
+        )
+    assert max(allocations) <= 1 << 20
+
+
+def test_ignored_tokens_leave_before_the_product():
+    hidden, weight = torch.randn(256, 64), torch.randn(5000, 64)
+    target = torch.full((256,), -100)
+    target[:10] = 1
+    allocations, _ = sizes_of_allocations(
+        lambda: fused_linear_sparse_ce(hidden, weight, target, 20)
+    )
+    assert max(allocations) == 4 * 10 * 5000
+    hidden[10:] = torch.nan
+    hidden.requires_grad_()
+    loss = fused_linear_sparse_ce(hidden, weight, target, 20)
+    loss.backward()
+    assert loss.isfinite() and (hidden.grad[10:] == 0).all() and hidden.grad[:10].abs().sum() > 0
+
+
+@pytest.mark.parametrize("k", [K, None])
+def test_no_tokens_and_all_ignored(subject, k):
+    for rows in (0, 4):
+        hidden, weight, _, target = layer(torch.float32, (rows,), device=subject.device)
+        target.fill_(-100)
+        loss = fused_linear_sparse_ce(hidden, weight, target, k, backend=subject.backend)
+        assert loss == 0
+        loss.backward()
+        assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+def test_row_sparse_gradient(subject):
+    hidden, weight, _, target = layer(torch.float32, device=subject.device)
+    target[0, 0] = -100
+    dense, sparse = (
+        torch.autograd.grad(
+            fused_linear_sparse_ce(
+                hidden, weight, target, K, weight_grad=form, backward="sparse",
+                backend=subject.backend,
+            ),
+            (hidden, weight),
+        )
+        for form in ("dense", "row_sparse")
+    )  # fmt: skip
+    assert sparse[1].layout == torch.sparse_coo and sparse[1].shape == weight.shape
+    assert sparse[1]._nnz() <= target.numel() * (K + 1)
+    assert torch.equal(sparse[1].to_dense(), dense[1]) and torch.equal(sparse[0], dense[0])
+
+
+def test_row_sparse_gradient_has_no_compiled_form():
+    hidden, weight, _, target = layer(torch.float32)
+    compiled = torch.compile(
+        lambda: fused_linear_sparse_ce(hidden, weight, target, K, weight_grad="row_sparse"),
+        fullgraph=True,
+    )
+    with pytest.raises(Exception, match="weight_grad: expected 'dense' under torch.compile"):
+        compiled()
+
+
+def test_row_sparse_gradient_trains():
+    hidden, weight, _, target = layer(torch.float32)
+    twin = weight.detach().clone().requires_grad_()
+    for form, leaf in (("row_sparse", weight), ("dense", twin)):
+        optimizer = torch.optim.SparseAdam([leaf]) if form == "row_sparse" else None
+        fused_linear_sparse_ce(
+            hidden, leaf, target, K, weight_grad=form, backward="sparse"
+        ).backward()
+        if optimizer:
+            before = leaf.detach().clone()
+            optimizer.step()
+    touched = twin.grad.abs().sum(-1) > 0
+    assert torch.equal((weight != before).any(-1), touched)
+
+
+def test_mixed_dtypes_and_autocast():
+    """The product in bfloat16, the gradient of a float32 weight in float32 without a rounding."""
+    hidden, weight, _, target = layer(torch.float32)
+    half = hidden.detach().bfloat16().requires_grad_()
+    dloss = torch.rand(target.shape)
+    truth = LinearTruth(half, weight, None, target, K, dloss)
+    options = {"reduction": "none", "backward": "sparse"}
+    loss = fused_linear_sparse_ce(half, weight, target, K, **options)
+    truth.loss.assert_loss(loss)
+    truth.assert_gradients(**gradients(loss, dloss, half, weight, None))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused_linear_sparse_ce(hidden, weight, target, K, **options)
+    truth.loss.assert_loss(loss)
+    truth.rounded["dhidden"] = torch.float32
+    truth.assert_gradients(**gradients(loss, dloss, hidden, weight, None))
+
+
+def test_tied_embeddings_accumulation_and_checkpointing():
+    """As the plain layer: one weight as embedding and head, two micro-batches, a checkpoint."""
+    torch.manual_seed(0)
+    weight = torch.randn(CLASSES, FEATURES).requires_grad_()
+    ids, target = torch.randint(CLASSES, (2, 6, 9)), torch.randint(CLASSES, (2, 6, 9))
+    found = []
+    for ours in (True, False):
+        weight.grad = None
+        for batch in range(2):
+            hidden = torch.tanh(F.embedding(ids[batch], weight))
+
+            def head(h, y=target[batch], ours=ours):
+                if ours:
+                    return fused_linear_sparse_ce(h, weight, y, K, backward="sparse")
+                return fused_sparse_ce(F.linear(h, weight), y, K, backend="eager")
+
+            checkpoint(head, hidden, use_reentrant=False).backward()
+        found.append(weight.grad.clone())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.parametrize("k", [K, None])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_equals_eager_bit_by_bit(subject, k, dynamic):
+    def step(hidden, weight, target):
+        return fused_linear_sparse_ce(
+            hidden, weight, target, k, backward="sparse", chunk_bytes=16 * CLASSES,
+            backend=subject.backend,
+        )  # fmt: skip
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for rows in ((3, 5), (3, 7)):
+        hidden, weight, _, target = layer(torch.float32, rows, device=subject.device)
+        found = []
+        for function in (step, compiled):
+            loss = function(hidden, weight, target)
+            found.append((*torch.autograd.grad(loss, (hidden, weight)), loss.detach()))
+        *gradients_of_both, losses = zip(*found, strict=True)
+        assert all(torch.equal(a, b) for a, b in gradients_of_both)
+        # the compiler adds up the losses of the tokens in an order of its own
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("k", [K, None])
+def test_a_second_derivative_is_an_error(k):
+    hidden, weight, _, target = layer(torch.float32)
+    loss = fused_linear_sparse_ce(hidden, weight, target, k)
+    (dhidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_linear_sparse_ce: expected a first derivative"):
+        dhidden.sum().backward()
+
+
+@pytest.mark.parametrize("needed", [[True, True, True], [False, True, False]], ids=str)
+def test_opcheck(subject, needed):
+    pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
+    hidden, weight, bias, target = layer(torch.float32, (4,), True, subject.device)
+    name, dtype = subject.backend, torch.float32
+    arguments = (hidden, weight, bias, target, None, 5, 0.1, dtype, 2)
+    topk = linear.topk_linear_ce_fwd(*arguments, True, name)
+    threshold = linear.threshold_linear_ce_fwd(*arguments, name)
+    above = torch.rand(4).to(subject.device)
+    leaves = (hidden.detach(), weight.detach())
+    _, _, indices, probs = (t.detach() for t in topk)
+    g, classes = ops.coefficients(above, None, None, target, indices, probs, None, 0.1, CLASSES)
+    checked = [
+        (linear.topk_linear_ce_fwd, (*arguments, True, name)),
+        (linear.threshold_linear_ce_fwd, (*arguments, name)),
+        *((linear.topk_linear_ce_bwd,
+           (above, above, None, *leaves, target, indices, probs, None, 0.1, dtype, 2, sparse,
+            needed, name)) for sparse in (True, False)),
+        (linear.threshold_linear_ce_bwd,
+         (above, None, *leaves, bias.detach(), target, *(t.detach() for t in threshold[2:]), None,
+          0.1, dtype, 2, needed, name)),
+        (ops.sparse_linear_dhidden, (g, classes, leaves[1], dtype, name)),
+        (ops.sparse_linear_dweight, (g, classes, leaves[0], CLASSES, dtype, name)),
+    ]  # fmt: skip
+    for op, inputs in checked:
+        torch.library.opcheck(op, inputs)
+
+
+def test_module_in_the_place_of_a_linear_layer():
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(FEATURES, CLASSES, bias=False)
+    head = SparseLinearCrossEntropy.from_linear(plain, K, ignore_index=-1)
+    assert head.weight is plain.weight and list(head.state_dict()) == list(plain.state_dict())
+    hidden, target = torch.randn(6, FEATURES), torch.tensor([0, 1, 2, -1, 4, 5])
+    assert torch.equal(head(hidden), plain(hidden))
+    expected = fused_linear_sparse_ce(hidden, plain.weight, target, K, ignore_index=-1)
+    assert torch.equal(head(hidden, target), expected)
+    fresh = SparseLinearCrossEntropy(FEATURES, CLASSES, K, bias=True, dtype=torch.bfloat16)
+    assert fresh.bias.dtype == torch.bfloat16 and f"k={K}" in repr(fresh)
+    fresh.load_state_dict(torch.nn.Linear(FEATURES, CLASSES).state_dict())
+    weighted = SparseLinearCrossEntropy(
+        FEATURES, CLASSES, K, class_weight=torch.rand(CLASSES), label_smoothing=0.1
+    )
+    assert list(weighted.state_dict()) == ["weight"]
+    assert weighted(hidden, target.clamp(min=0)).requires_grad
+
+
+def test_break_even_rule():
+    assert linear.is_sparse(20, 49152, "cpu", torch.float32)
+    assert not linear.is_sparse(1000, 2000, "cpu", torch.float32)

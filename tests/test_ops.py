@@ -1,0 +1,232 @@
+"""The operators as torch sees them: registration, derivatives, crossed backends, compilation."""
+
+import itertools
+from dataclasses import replace
+
+import cases
+import pytest
+import subjects
+import torch
+from sparse_ce import fused_sparse_ce, sparse_softmax
+from stems import STEMS, Call
+from torch.autograd import gradcheck, gradgradcheck
+
+
+def example(subject, shape=(3,), k=4, smoothing=0.1, weighted=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    logits = torch.randn(*shape, 11, dtype=dtype)
+    target = torch.randint(0, 11, shape)
+    weight = torch.rand(11, dtype=dtype) if weighted else None
+    return Call(logits, target, k, weight, smoothing).to(subject.device)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "forward, backward", list(itertools.permutations(subjects.SUBJECTS, 2)), ids=str
+)
+@pytest.mark.parametrize("stem", STEMS, ids=str)
+def test_backward_of_another_backend(forward, backward, stem):
+    """What forward returns is all that any backward needs."""
+    if forward.device != backward.device:
+        pytest.skip("saved tensors do not change their device")
+    for filler, dtype in itertools.product(
+        ("random", "ties", "one_nan"), (torch.float32, torch.bfloat16)
+    ):
+        logits = cases.logits(filler, 9, 203, dtype)
+        call = Call(logits, cases.targets(logits, 20), 20, label_smoothing=0.1)
+        there = call.to(forward.device)
+        outputs = stem.forward(there, forward.backend)
+        above = stem.above(there, "abq")
+        call.truth().assert_gradient(stem.backward(there, outputs, above, backward.backend), *above)
+
+
+@pytest.fixture
+def opcheck_imports():
+    pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
+
+
+@pytest.mark.parametrize(
+    "shape, layout, smoothing, weighted, which",
+    [
+        ((3,), "contiguous", 0.0, False, "a"),
+        ((2, 3), "transposed", 0.1, True, "abq"),
+        ((1,), "expanded", 0.1, False, "b"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.usefixtures("opcheck_imports")
+def test_opcheck(subject, stem, shape, layout, smoothing, weighted, which):
+    call = example(subject, shape, smoothing=smoothing, weighted=weighted)
+    logits = {
+        "contiguous": call.logits,
+        "transposed": call.logits.movedim(0, -2).contiguous().movedim(-2, 0),
+        "expanded": call.logits[:1].expand(call.logits.shape),
+    }[layout]
+    call = replace(call, logits=logits.detach().requires_grad_())
+    torch.library.opcheck(stem.fwd, (*stem.forward_arguments(call), subject.backend))
+    outputs = [output.detach() for output in stem.forward(call, subject.backend)]
+    above = [d if d is None else d.requires_grad_() for d in stem.above(call, which)]
+    torch.library.opcheck(
+        stem.bwd, (*stem.backward_arguments(call, outputs, above), subject.backend)
+    )
+
+
+@pytest.mark.usefixtures("opcheck_imports")
+def test_opcheck_of_the_compiled_operators(subject):
+    """sparse_ce_native has no fake and no derivative: what it must keep is its schema."""
+    if subjects.ROWS[subject.backend].modules != ("sparse_ce.native",):
+        pytest.skip("it is not compiled")
+    for stem in (stem for stem in STEMS if subject.defines(stem.name)):
+        call = example(subject)
+        outputs = stem.forward(call, subject.backend)
+        backward = stem.backward_arguments(call, outputs, stem.above(call, "abq"))
+        for direction, arguments in (("fwd", stem.forward_arguments(call)), ("bwd", backward)):
+            native = getattr(torch.ops.sparse_ce_native, f"{stem.name}_{direction}").default
+            torch.library.opcheck(native, arguments, test_utils="test_schema")
+
+
+def distinct(*shape, device):
+    """Logits a tenth apart: no step of finite differences changes the support."""
+    torch.manual_seed(0)
+    count = torch.Size(shape).numel()
+    return (torch.randperm(count).double() / 10).view(shape).to(device).requires_grad_()
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize("k", [1, 4, 7])
+def test_first_and_second_derivative_of_every_output(subject, stem, k, weighted, smoothing):
+    logits = distinct(4, 7, device=subject.device)
+    target = torch.tensor([0, 3, 6, -1], device=subject.device)
+    weight = torch.rand(7, device=subject.device).double() if weighted else None
+
+    def outputs(z):
+        found = stem.forward(Call(z, target, k, weight, smoothing), subject.backend)
+        # the last row has no target: of its loss, NaN, there is no derivative
+        return (found[0][:-1], found[1], *(found[3:] if stem.lists else ()))
+
+    assert gradcheck(outputs, logits)
+    assert gradgradcheck(outputs, logits)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("k", [1, 3, None])
+@pytest.mark.parametrize("listed", [False, True], ids=["", "return_support"])
+def test_first_and_second_derivative_of_the_function(subject, k, listed):
+    logits = distinct(2, 3, 5, device=subject.device)
+    target = torch.tensor([[0, 4, -100], [2, 2, 1]], device=subject.device)
+
+    def function(z):
+        result = fused_sparse_ce(z, target, k, return_support=listed, backend=subject.backend)
+        if not listed:
+            return result
+        loss, support = result
+        return loss, support.lse, support.probs, support.entropy()
+
+    assert gradcheck(function, logits)
+    assert gradgradcheck(function, logits)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -3])
+def test_first_and_second_derivative_of_sparse_softmax(subject, dim):
+    logits = distinct(3, 4, 5, device=subject.device)
+    assert gradcheck(lambda z: sparse_softmax(z, 2, dim, backend=subject.backend), logits)
+    assert gradgradcheck(lambda z: sparse_softmax(z, 2, dim, backend=subject.backend), logits)
+
+
+def loss_and_gradient(function, logits, *arguments):
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, *arguments)
+    (gradient,) = torch.autograd.grad(
+        loss, logits, torch.linspace(0.5, 1, loss.numel(), device=loss.device).view(loss.shape)
+    )
+    return loss.detach(), gradient
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("k", [5, None])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiled_equals_eager(subject, compiler, k, reduction):
+    """No graph break, with ignore_index too; the kernels are the same, so are the bits."""
+
+    def function(z, y):
+        return fused_sparse_ce(
+            z, y, k, label_smoothing=0.1, reduction=reduction, backend=subject.backend
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    logits = cases.logits("random", 6, 37, torch.bfloat16).to(subject.device)
+    target = torch.tensor([3, 36, -100, 0, 7, 1], device=subject.device)
+    expected_loss, expected_gradient = loss_and_gradient(function, logits, target)
+    loss, gradient = loss_and_gradient(compiled, logits, target)
+    assert torch.equal(gradient, expected_gradient)
+    # inductor may add the six losses in another order: five roundings of half an ulp on either side
+    order = 0 if reduction == "none" else 5 * torch.finfo(torch.float32).eps
+    assert torch.allclose(loss, expected_loss, rtol=order, atol=0)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_once_for_all_shapes_and_k(subject):
+    """A schedule that changes k, and batches of any size, cost one compilation per regime."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def function(z, y, k):
+        return fused_sparse_ce(z, y, k, reduction="none", backend=subject.backend)
+
+    counted = torch.compile(function, fullgraph=True, dynamic=True, backend=counting)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, classes, k in [(6, 37, 5), (3, 41, 7), (8, 50, 20), (9, 64, 63)]:
+        logits = cases.logits("random", rows, classes, torch.float32).to(subject.device)
+        target = torch.arange(rows, device=subject.device)
+        counted(logits, target, k)
+        expected = loss_and_gradient(function, logits, target, k)
+        for ours, theirs in zip(
+            loss_and_gradient(compiled, logits, target, k), expected, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_support_and_sparse_softmax(subject):
+    def function(z, y):
+        loss, support = fused_sparse_ce(z, y, 5, return_support=True, backend=subject.backend)
+        z_loss = support.lse.square().mean() + support.entropy().mean()
+        return loss + z_loss + sparse_softmax(z, 3, backend=subject.backend).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    logits = cases.logits("random", 6, 37, torch.float32).to(subject.device)
+    target = torch.arange(6, device=subject.device)
+    expected = loss_and_gradient(function, logits, target)
+    for ours, theirs in zip(loss_and_gradient(compiled, logits, target), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("k", [5, None])
+def test_compiled_target_out_of_range(subject, k):
+    """SPEC 7: a compiled graph does not look; the loss of that row is NaN, its gradient 0."""
+    compiled = torch.compile(
+        lambda z, y: fused_sparse_ce(z, y, k, reduction="none", backend=subject.backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    logits = cases.logits("random", 3, 37, torch.float32).to(subject.device)
+    target = torch.tensor([3, 37, -1], device=subject.device)
+    loss, gradient = loss_and_gradient(compiled, logits, target)
+    assert loss.isnan().tolist() == [False, True, True]
+    assert (gradient[1:] == 0).all() and (gradient[0] != 0).any()

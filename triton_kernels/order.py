@@ -1,0 +1,82 @@
+"""The order of the classes as integers: value descending, NaN largest, -0 equal to +0, then index
+ascending.
+
+Floats are compared as integers because float comparisons lose NaNs and leave the order of ties to
+chance.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def max_nan(a, b):
+    """The larger of two floats; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.constexpr_function
+def infinity_key(dtype):
+    """Key of +inf; that of -inf is its negative, that of every NaN is one more."""
+    return {"fp32": 0x7F800000, "bf16": 0x7F80, "fp16": 0x7C00}[dtype.name]
+
+
+@triton.jit
+def value_key(x):
+    """float32, bfloat16 or float16 -> int32 whose ascending order is that of the values."""
+    INFINITY: tl.constexpr = infinity_key(x.dtype)
+    if x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+    else:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+        magnitude = bits & 0x7FFF
+    # sign and magnitude -> two's complement, which makes -0 and +0 one
+    key = tl.where(bits < 0, -magnitude, magnitude)
+    return tl.where(magnitude > INFINITY, INFINITY + 1, key)
+
+
+@triton.jit
+def key_value(key, dtype: tl.constexpr):
+    """The inverse of `value_key`, as float32: one NaN for all, +0 for both zeros."""
+    if dtype == tl.float32:
+        return tl.where(key < 0, -2147483648 - key, key).to(tl.float32, bitcast=True)
+    else:
+        bits = tl.where(key < 0, 0x8000 - key, key).to(tl.int16)
+        return bits.to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pack(key, index):
+    """int32 key and index -> int64 that descends in the order of the classes, all distinct."""
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+
+
+@triton.jit
+def packed_key(packed):
+    return (packed >> 32).to(tl.int32)
+
+
+@triton.jit
+def packed_index(packed):
+    return 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def threshold(keys, low, high, k, limit):
+    """A bound that at least k of the keys reach: at most `limit` of them, or else it is the k-th
+    largest key itself.
+
+    By bisection between `low`, which at least k keys reach, and `high`, which fewer than k keys
+    exceed.
+    """
+    count = limit + 1
+    while (low < high) & (count > limit):
+        # the mean rounded up, without overflow
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((keys >= middle).to(tl.int32), axis=0)
+        enough = reached >= k
+        count = tl.where(enough, reached, count)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low

@@ -1,0 +1,498 @@
+"""threshold_ce on the GPU: the softmax over all classes, or over the many that a cut keeps.
+
+With S the classes that are kept, n of them, m the row's maximum, y the target, e the label
+smoothing, w the class weights, and a, b the gradients of loss and lse:
+
+    L    = log sum_S exp(z_i - m)            lse = m + L
+    loss = (1 - e) w_y (L - (z_y - m)) + (e / n) sum_S w_i (L - (z_i - m))
+
+    dz_i = exp(z_i - m - L) (a A + b) - a (e / n) w_i   on S, 0 elsewhere
+    dz_y -= a (1 - e) w_y                               A = (1 - e) w_y + (e / n) sum_S w_i
+
+m leaves both terms before they meet. S is all classes; or the k largest; or, with L_all that of all
+classes and p_y = exp(z_y - m - L_all) > delta, y and those with p_y - p_i <= delta, which is
+z_i - m >= L_all + log(p_y - delta). Sources: Sun et al., Sparse-softmax, arXiv 2112.12433, eq. 4
+and 5; Lv et al., Adaptive Sparse Softmax, arXiv 2508.03175.
+
+Saved for backward: the logits by reference and 24 bytes per row, m, L, the cut and n, since m + L
+rounded to one number would cost precision at large offsets. The cut is the least logit of S, so
+that backward keeps the very same classes without repeating a rounded comparison.
+
+Forward reads the row once. Each lane goes through its chunks with a maximum and a sum of its own,
+two chunks at a time: one exponential per class and one per two chunks, which moves the sum to the
+new maximum. Lanes meet once, at the end: no barrier in the loop. A cut, or label smoothing, takes a
+second look, from the cache. The k-th largest is found by bisection on the keys, 16 or 32 looks, and
+among the classes equal to it by bisection on the index: slower than listing classes, but k is
+beyond where lists end. Backward reads the logits and writes the gradient, once each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .order import infinity_key, key_value, max_nan, value_key
+from .rows import (
+    begin_alike,
+    classes_before,
+    edges,
+    is_aligned,
+    on_device,
+    row_start,
+    row_strides,
+    tile,
+)
+
+# What a look keeps.
+ALL = tl.constexpr(0)
+LARGEST = tl.constexpr(1)  # from the cut on
+NEAR = tl.constexpr(2)  # at most a bound below the maximum
+
+
+@triton.jit
+def _sum_beside_maximum(largest, total, new_largest):
+    """A sum of exponentials relative to `largest`, relative to `new_largest`."""
+    # where all so far are -inf there is nothing to be relative to, and the sum is 0
+    base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    return base, total * tl.exp(largest - base)
+
+
+@triton.jit
+def _softmax(row_ptr, head, chunks, V, LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
+    """Maximum, and sum of exponentials relative to it, of all classes."""
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    lane = tl.arange(0, LANES)[:, None] * C + tl.arange(0, C)[None, :]
+    largest = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    whole = chunks // (2 * LANES) * (2 * LANES)
+    for first in tl.range(0, whole, 2 * LANES):
+        x = tl.load(tl.multiple_of(row_ptr + (head + first * C), 16) + lane)
+        y = tl.load(tl.multiple_of(row_ptr + (head + first * C + LANES * C), 16) + lane)
+        # of 16-bit logits two maxima an instruction
+        both = max_nan(x, y).to(DTYPE)
+        above = max_nan(largest, tl.reduce(both.to(tl.float32), 1, max_nan))
+        base, total = _sum_beside_maximum(largest, total, above)
+        x, y = x.to(tl.float32) - base[:, None], y.to(tl.float32) - base[:, None]
+        total += tl.sum(tl.exp(x) + tl.exp(y), 1)
+        largest = above
+    for first in tl.range(whole, chunks, LANES):
+        x, _, _ = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
+        x = x.to(tl.float32)
+        above = max_nan(largest, tl.reduce(x, 1, max_nan))
+        base, total = _sum_beside_maximum(largest, total, above)
+        total += tl.sum(tl.exp(x - base[:, None]), 1)
+        largest = above
+    row_max = tl.reduce(largest, 0, max_nan)
+    if ALIGNED:
+        _, total = _sum_beside_maximum(largest, total, row_max)
+        return row_max, tl.sum(total, 0)
+    at, inside = edges(head, chunks, V, C)
+    x = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    row_max = max_nan(row_max, tl.reduce(x, 0, max_nan))
+    base, total = _sum_beside_maximum(largest, total, row_max)
+    return row_max, tl.sum(total, 0) + tl.sum(tl.exp(x - base), 0)
+
+
+@triton.jit
+def _is_kept(key, at, cut_key, cut_index):
+    return (key > cut_key) | ((key == cut_key) & (at <= cut_index))
+
+
+@triton.jit
+def _count(
+    row_ptr, head, chunks, V, cut_key, last, LANES: tl.constexpr, C: tl.constexpr,
+    ALIGNED: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    """How many classes reach `cut_key`; with TIES how many equal it, up to the index `last`."""
+    reached = tl.zeros([LANES], tl.int32)
+    for first in tl.range(0, chunks, LANES):
+        x, at, inside = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
+        key = value_key(x)
+        if TIES:
+            found = (key == cut_key) & (at <= last)
+        else:
+            found = key >= cut_key
+        reached += tl.sum((found & inside).to(tl.int32), 1)
+    count = tl.sum(reached, 0)
+    if not ALIGNED:
+        at_edge, here = edges(head, chunks, V, C)
+        key_edge = value_key(tl.load(row_ptr + at_edge, mask=here, other=float("-inf")))
+        if TIES:
+            found_edge = (key_edge == cut_key) & (at_edge <= last)
+        else:
+            found_edge = key_edge >= cut_key
+        count += tl.sum((found_edge & here).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _kth(row_ptr, head, chunks, V, k, LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
+    """Key and index of the k-th class in the order (value desc, index asc)."""
+    HIGH: tl.constexpr = infinity_key(row_ptr.dtype.element_ty) + 1
+    low, high = -HIGH, HIGH + 0
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean rounded up, without overflow
+        enough = _count(row_ptr, head, chunks, V, middle, 0, LANES, C, ALIGNED, False) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    missing = k - _count(row_ptr, head, chunks, V, low + 1, 0, LANES, C, ALIGNED, False)
+    equal = _count(row_ptr, head, chunks, V, low, V - 1, LANES, C, ALIGNED, True)
+    first, last = tl.where(equal == missing, V - 1, 0), V - 1
+    while first < last:
+        middle = (first + last) >> 1
+        enough = _count(row_ptr, head, chunks, V, low, middle, LANES, C, ALIGNED, True) >= missing
+        last = tl.where(enough, middle, last)
+        first = tl.where(enough, first, middle + 1)
+    return low, last
+
+
+@triton.jit
+def _terms(
+    x, at, inside, row_max, cut_key, cut_index, bound, target, weight_ptr,
+    KEEP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """Of each class: exponential, 1 if it is kept, its logit, weight, weighted distance from m."""
+    shifted = x.to(tl.float32) - row_max
+    kept = inside
+    if KEEP == LARGEST:
+        kept = kept & _is_kept(value_key(x), at, cut_key, cut_index)
+    if KEEP == NEAR:
+        kept = kept & ((shifted >= bound) | (at == target))
+    w = kept.to(tl.float32)
+    if HAS_WEIGHT and HAS_SMOOTHING:
+        w = tl.load(weight_ptr + at, mask=kept, other=0.0)
+    spread = w
+    if HAS_SMOOTHING:
+        spread = tl.where(kept, 0.0 - w * shifted, 0.0)
+    z = tl.where(kept, x.to(tl.float32), float("inf"))
+    return tl.where(kept, tl.exp(shifted), 0.0), kept.to(tl.int32), z, w, spread
+
+
+@triton.jit
+def _look(
+    row_ptr, head, chunks, V, row_max, cut_key, cut_index, bound, target, weight_ptr,
+    LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, KEEP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """Of the classes that are kept: sum of exponentials, how many, the least logit, the sum of the
+    weights, and of the weighted distances from the maximum.
+    """
+    total = tl.zeros([LANES], tl.float32)
+    count = tl.zeros([LANES], tl.int32)
+    least = tl.full([LANES], float("inf"), tl.float32)
+    weights = tl.zeros([LANES], tl.float32)
+    spread = tl.zeros([LANES], tl.float32)
+    for first in tl.range(0, chunks, LANES):
+        x, at, inside = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
+        e, one, z, w, s = _terms(
+            x, at, tl.broadcast_to(inside, x.shape), row_max, cut_key, cut_index, bound,
+            target, weight_ptr, KEEP, HAS_WEIGHT, HAS_SMOOTHING,
+        )  # fmt: skip
+        total += tl.sum(e, 1)
+        count += tl.sum(one, 1)
+        least = tl.minimum(least, tl.min(z, 1))
+        weights += tl.sum(w, 1)
+        spread += tl.sum(s, 1)
+    sums = tl.sum(total, 0), tl.sum(count, 0), tl.min(least, 0)
+    sums = sums + (tl.sum(weights, 0), tl.sum(spread, 0))
+    if ALIGNED:
+        return sums
+    at_edge, here = edges(head, chunks, V, C)
+    x_edge = tl.load(row_ptr + at_edge, mask=here, other=float("-inf"))
+    e, one, z, w, s = _terms(
+        x_edge, at_edge, here, row_max, cut_key, cut_index, bound, target, weight_ptr,
+        KEEP, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
+    return (
+        sums[0] + tl.sum(e, 0),
+        sums[1] + tl.sum(one, 0),
+        tl.minimum(sums[2], tl.min(z, 0)),
+        sums[3] + tl.sum(w, 0),
+        sums[4] + tl.sum(s, 0),
+    )
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "V", "k"])
+def _fwd_kernel(
+    logits_ptr,  # (N, V), a row is at (row // rows_t) * stride_b + (row % rows_t) * stride_t
+    target_ptr,  # (N) int64
+    weight_ptr,  # (V) fp32
+    loss_ptr,  # (N) fp32
+    lse_ptr,  # (N) fp32
+    row_max_ptr,  # (N) fp32
+    log_sum_ptr,  # (N) fp32
+    cut_ptr,  # (N) fp32
+    cut_index_ptr,  # (N) int32
+    kept_ptr,  # (N) int32
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    rows_t,
+    V,
+    k,
+    delta,
+    label_smoothing,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    KEEP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row_start(tl.program_id(0), rows_t, stride_b, stride_t)
+    head = classes_before(row_ptr, V, ALIGNED)
+    chunks = (V - head) // C
+    target = tl.load(target_ptr + row)
+    hit = (target >= 0) & (target < V)
+    z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
+
+    row_max, total = _softmax(row_ptr, head, chunks, V, LANES, C, ALIGNED)
+    shifted_y = z_y - row_max
+    y = tl.where(hit, target, -1).to(tl.int32)
+    cut = tl.full([], float("-inf"), tl.float32)
+    cut_index, cut_key, kept = V - 1, 0, V + 0
+    bound = cut
+    weights, spread = cut, cut
+    if KEEP == LARGEST:
+        cut_key, cut_index = _kth(row_ptr, head, chunks, V, k, LANES, C, ALIGNED)
+        cut = key_value(cut_key, DTYPE)
+    if KEEP == NEAR:
+        log_all = tl.log(total)
+        rest = tl.exp(shifted_y - log_all) - delta
+        near = hit & (rest > 0)
+        bound = tl.where(near, log_all + tl.log(rest), bound)
+        if not HAS_SMOOTHING:
+            # what keeps all classes has been seen already
+            chunks = tl.where(near, chunks, 0)
+            head = tl.where(near, head, 0)
+    if KEEP != ALL or HAS_SMOOTHING:
+        seen = V
+        if KEEP == NEAR and not HAS_SMOOTHING:
+            seen = tl.where(near, V, 0)
+        some, kept, least, weights, spread = _look(
+            row_ptr, head, chunks, seen, row_max, cut_key, cut_index, bound, y, weight_ptr,
+            LANES, C, ALIGNED, KEEP, HAS_WEIGHT, HAS_SMOOTHING,
+        )  # fmt: skip
+        if KEEP == LARGEST:
+            total = some
+        if KEEP == NEAR:
+            total = tl.where(near, some, total)
+            kept = tl.where(near, kept, V)
+            cut = tl.where(near, least, cut)
+
+    log_sum = tl.log(total)
+    log_sum = tl.where(row_max == float("-inf"), float("nan"), log_sum)
+    loss = log_sum - shifted_y
+    if HAS_WEIGHT:
+        loss *= tl.load(weight_ptr + target, mask=hit, other=0.0)
+    if HAS_SMOOTHING:
+        nll = weights * log_sum + spread
+        loss = (1 - label_smoothing) * loss + label_smoothing / kept * nll
+    tl.store(loss_ptr + row, tl.where(hit, loss, float("nan")))
+    tl.store(lse_ptr + row, row_max + log_sum)
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(cut_ptr + row, cut)
+    tl.store(cut_index_ptr + row, cut_index)
+    tl.store(kept_ptr + row, kept)
+
+
+@triton.jit
+def _gradient(
+    x, at, inside, row_max, log_sum, cut_key, cut_index, factor, share, at_target, target,
+    weight_ptr, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    p = tl.exp((x.to(tl.float32) - row_max) - log_sum)
+    # without upstream gradient exactly zero, also where p is NaN
+    g = tl.where(factor == 0, 0.0, p * factor)
+    if HAS_SMOOTHING:
+        if HAS_WEIGHT:
+            g -= share * tl.load(weight_ptr + at, mask=inside, other=0.0)
+        else:
+            g -= share
+    if not DENSE:
+        g = tl.where(_is_kept(value_key(x), at, cut_key, cut_index), g, 0.0)
+    return tl.where(at == target, g - at_target, g).to(x.dtype)
+
+
+@triton.jit
+def _sweep(
+    row_ptr, out_ptr, head, chunks, first_chunk, last_chunk, V, row_max, log_sum, cut_key,
+    cut_index, factor, share, at_target, target, weight_ptr, LANES: tl.constexpr, C: tl.constexpr,
+    ALIGNED: tl.constexpr, ALIKE: tl.constexpr, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the chunks from first to last, and in the first part of the edges."""
+    for first in tl.range(first_chunk, last_chunk, LANES):
+        x, at, inside = tile(row_ptr, head, first, chunks, 0.0, LANES, C)
+        g = _gradient(
+            x, at, inside, row_max, log_sum, cut_key, cut_index, factor, share, at_target,
+            target, weight_ptr, DENSE, HAS_WEIGHT, HAS_SMOOTHING,
+        )  # fmt: skip
+        if ALIKE:
+            lane = tl.arange(0, LANES)[:, None] * C + tl.arange(0, C)[None, :]
+            tl.store(tl.multiple_of(out_ptr + (head + first * C), 16) + lane, g, mask=inside)
+        else:
+            tl.store(out_ptr + at, g, mask=inside)
+    if not ALIGNED:
+        if first_chunk == 0:
+            at_edge, here = edges(head, chunks, V, C)
+            x_edge = tl.load(row_ptr + at_edge, mask=here, other=0.0)
+            g_edge = _gradient(
+                x_edge, at_edge, here, row_max, log_sum, cut_key, cut_index, factor, share,
+                at_target, target, weight_ptr, DENSE, HAS_WEIGHT, HAS_SMOOTHING,
+            )  # fmt: skip
+            tl.store(out_ptr + at_edge, g_edge, mask=here)
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "V", "part_size"])
+def _bwd_kernel(
+    dloss_ptr,  # (N) fp32
+    dlse_ptr,  # (N) fp32
+    logits_ptr,  # (N, V), strided as in forward
+    target_ptr,  # (N) int64
+    row_max_ptr,  # (N) fp32
+    log_sum_ptr,  # (N) fp32
+    cut_ptr,  # (N) fp32
+    cut_index_ptr,  # (N) int32
+    kept_ptr,  # (N) int32
+    weight_ptr,  # (V) fp32
+    dlogits_ptr,  # (N, V)
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    rows_t,
+    V,
+    part_size,  # chunks
+    label_smoothing,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ALIKE: tl.constexpr,  # chunks of logits and gradient begin at the same classes
+    HAS_DLOSS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    DTYPE: tl.constexpr = dlogits_ptr.dtype.element_ty
+    C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row_start(tl.program_id(0), rows_t, stride_b, stride_t)
+    head = classes_before(row_ptr, V, ALIGNED)
+    chunks = (V - head) // C
+    row_max = tl.load(row_max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    # the cut is a number of the dtype of the logits, so that its key is that of a class
+    cut_key = value_key(tl.load(cut_ptr + row).to(DTYPE))
+    cut_index = tl.load(cut_index_ptr + row)
+    kept = tl.load(kept_ptr + row)
+    target = tl.load(target_ptr + row)
+    hit = (target >= 0) & (target < V)
+    factor = tl.full([], 0.0, tl.float32)
+    at_target = tl.full([], 0.0, tl.float32)
+    share = tl.full([], 0.0, tl.float32)
+    if HAS_DLOSS:
+        # of a row that keeps its target alone the loss is 0, or NaN where that is at +inf
+        z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
+        alone = (kept == 1) & (log_sum == 0) & (target <= cut_index) & (z_y == row_max)
+        dloss = tl.where(hit & (alone == 0), tl.load(dloss_ptr + row), 0.0)
+        at_target = dloss
+        if HAS_WEIGHT:
+            at_target *= tl.load(weight_ptr + target, mask=hit, other=0.0)
+        if HAS_SMOOTHING:
+            at_target *= 1 - label_smoothing
+            share = dloss * (label_smoothing / kept)
+            weights = kept.to(tl.float32)
+            if HAS_WEIGHT:
+                _, _, _, weights, _ = _look(
+                    row_ptr, head, chunks, V, row_max, cut_key, cut_index, log_sum, target,
+                    weight_ptr, LANES, C, ALIGNED, LARGEST, True, True,
+                )  # fmt: skip
+            factor += share * weights
+        factor += at_target
+    if HAS_DLSE:
+        factor += tl.load(dlse_ptr + row)
+    target = tl.where(hit, target, -1).to(tl.int32)
+
+    out_ptr = dlogits_ptr + row * V
+    first_chunk = tl.program_id(1) * part_size
+    last_chunk = tl.minimum(first_chunk + part_size, chunks)
+    if kept == V:
+        _sweep(
+            row_ptr, out_ptr, head, chunks, first_chunk, last_chunk, V, row_max, log_sum, cut_key,
+            cut_index, factor, share, at_target, target, weight_ptr, LANES, C, ALIGNED, ALIKE,
+            True, HAS_WEIGHT, HAS_DLOSS and HAS_SMOOTHING,
+        )  # fmt: skip
+    else:
+        _sweep(
+            row_ptr, out_ptr, head, chunks, first_chunk, last_chunk, V, row_max, log_sum, cut_key,
+            cut_index, factor, share, at_target, target, weight_ptr, LANES, C, ALIGNED, ALIKE,
+            False, HAS_WEIGHT, HAS_DLOSS and HAS_SMOOTHING,
+        )  # fmt: skip
+
+
+def options(itemsize: int, num_classes: int) -> dict[str, int]:
+    """Lanes and warps: two chunks for each lane at least, eight warps at most. No GPU has chosen
+    them.
+    """
+    lanes = min(256, max(32, triton.next_power_of_2(num_classes * itemsize // 32)))
+    return {"LANES": lanes, "num_warps": lanes // 32}
+
+
+def keep_of(k: int, num_classes: int, delta: float) -> int:
+    """What forward keeps."""
+    keep = LARGEST if k < num_classes else NEAR if delta < 1 else ALL
+    return int(keep.value)
+
+
+def threshold_ce_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    k: int,
+    delta: float,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, ...]:
+    rows, num_classes = logits.shape[:-1], logits.shape[-1]
+    statistics = [logits.new_empty(rows, dtype=torch.float32) for _ in range(5)]
+    counts = [logits.new_empty(rows, dtype=torch.int32) for _ in range(2)]
+    if target.numel() > 0:
+        with on_device(logits):
+            _fwd_kernel[(target.numel(),)](
+                logits, target, weight, *statistics, *counts, *row_strides(logits), num_classes, k,
+                float(delta), label_smoothing, ALIGNED=is_aligned(logits),
+                KEEP=keep_of(k, num_classes, delta), HAS_WEIGHT=weight is not None,
+                HAS_SMOOTHING=label_smoothing != 0,
+                **options(logits.element_size(), num_classes),
+            )  # fmt: skip
+    return *statistics, *counts
+
+
+def threshold_ce_bwd(
+    dloss: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    cut: torch.Tensor,
+    cut_index: torch.Tensor,
+    kept: torch.Tensor,
+    weight: torch.Tensor | None,
+    label_smoothing: float,
+) -> torch.Tensor:
+    rows, num_classes = target.numel(), logits.shape[-1]
+    dlogits = logits.new_empty(logits.shape)
+    if rows == 0:
+        return dlogits
+    dloss, dlse = (None if g is None else g.contiguous() for g in (dloss, dlse))
+    config = options(logits.element_size(), num_classes)
+    chunks = max(1, num_classes * logits.element_size() // 16)
+    parts = max(1, min(1024 // rows, chunks // (4 * config["LANES"])))
+    with on_device(logits):
+        _bwd_kernel[(rows, parts)](
+            dloss, dlse, logits, target, row_max, log_sum, cut, cut_index, kept, weight, dlogits,
+            *row_strides(logits), num_classes, triton.cdiv(chunks, parts), label_smoothing,
+            ALIGNED=is_aligned(logits, dlogits), ALIKE=begin_alike(logits, dlogits),
+            HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None,
+            HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0, **config,
+        )  # fmt: skip
+    return dlogits

@@ -1,0 +1,638 @@
+"""topk_ce on the GPU: the k largest logits of a row, their softmax, its loss and its gradient.
+
+With S the k first classes in the order (value desc, index asc), m the row's maximum, y the target,
+e the label smoothing, w the class weights, and a, b, q the gradients of loss, lse and probs:
+
+    L    = log sum_S exp(z_i - m)            lse = m + L            p_i = exp(z_i - m - L) on S
+    loss = (1 - e) w_y (L - (z_y - m)) + (e / k) sum_S w_i (L - (z_i - m))
+
+    A    = (1 - e) w_y + (e / k) sum_S w_i
+    dz_i = p_i (a A + b - sum_S p_j q_j + q_i) - a (e / k) w_i   on S, 0 elsewhere
+    dz_y -= a (1 - e) w_y
+
+m leaves both terms before they meet, so an offset of the row costs no precision. Source: Sun et
+al., Sparse-softmax, arXiv 2112.12433, eq. 4 and 5.
+
+Saved for backward: indices and probs, 8 k bytes per row. Everything else of the gradient follows
+from them, so backward never looks at the logits.
+
+Forward reads V * itemsize bytes per row and, of them, about 2 k / NSEG a second time; it writes 8 k
++ 8. Scratch, 12 SORT + 12 bytes per row, stays in the caches. Backward reads 8 k bytes and writes V
+* itemsize.
+
+How forward finds S. The row is cut into chunks of 16 bytes; chunk q belongs to segment q mod NSEG.
+One streaming pass keeps the maximum of each place of each segment in registers: one packed maximum
+per 4 bytes, no index, no key, no shuffle. The k-th largest of these maxima, found by bisection on
+their keys, is a bound that at least k classes reach, and only the few pieces of segments whose
+maximum reaches it can hold one. They are listed and read again, and the classes that reach the
+bound are listed with their index as one 64-bit integer each, whose order is that of the classes.
+Sorting this list of k plus a few gives S; the order in which atomics filled it does not matter.
+Lists have an end and ties have none: a row that does not fit is left to _exact_kernel, which goes
+through it in the order of the index with a list that is sorted and cut to k when it is full. Its
+bound then excludes all further ties, so that a constant row costs one more reading and not V / k
+sorts.
+
+Why values alone in the streaming pass: a maximum of packed (key, chunk), which resolves ties at
+once, takes 20 instructions per 16 bytes, 64-bit keys for float32 included; this takes 5 to 7. Why
+atomics: where almost nothing is kept, a prefix sum costs as much as where all is, 100 instructions
+per warp and several barriers; an atomic with no lane active costs a branch.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .order import key_value, max_nan, pack, packed_index, packed_key, threshold, value_key
+from .rows import classes_before, edges, is_aligned, on_device, row_start, row_strides
+
+# Below every packed class; above every key.
+LOWEST = tl.constexpr(-(1 << 63))
+SETTLED = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _piece_keys(
+    chunk_ptr,  # 16-byte aligned
+    chunks,
+    C: tl.constexpr,
+    NSEG: tl.constexpr,
+    PIECE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """(NSEG * C / PIECE) int32: key of the largest of each piece. The streaming pass."""
+    DTYPE: tl.constexpr = chunk_ptr.dtype.element_ty
+    segment = tl.arange(0, NSEG)
+    offset = segment[:, None] * C + tl.arange(0, C)[None, :]
+    # by way of float32: the interpreter of Triton 3.6 has no bfloat16 constants
+    best = tl.full([NSEG, C], float("-inf"), tl.float32).to(DTYPE)
+    whole = chunks // (NSEG * UNROLL) * UNROLL
+    # the scalar advances: a tensor of pointers takes two registers for every load, and Triton 3.6
+    # then unpacks 16-bit maxima as well
+    tile_ptr = chunk_ptr
+    for _ in tl.range(0, whole, UNROLL):
+        for step in tl.static_range(UNROLL):
+            x = tl.load(tl.multiple_of(tile_ptr + step * (NSEG * C), 16) + offset)
+            best = max_nan(best, x).to(DTYPE)
+        tile_ptr += UNROLL * NSEG * C
+    for tile in tl.range(whole, tl.cdiv(chunks, NSEG)):
+        left = (tile * NSEG + segment < chunks)[:, None]
+        tile_ptr = tl.multiple_of(tile_ptr, 16)
+        x = tl.load(tile_ptr + offset, mask=left, other=float("-inf"))
+        best = max_nan(best, x).to(DTYPE)
+        tile_ptr += NSEG * C
+    if PIECE < C:
+        best = tl.reshape(best, [NSEG * C // PIECE, PIECE])
+    # a reduction takes float32; the compiler turns the casts into packed 16-bit instructions
+    return value_key(tl.reduce(best.to(tl.float32), 1, max_nan).to(DTYPE))
+
+
+@triton.jit
+def _append(list_ptr, count_ptr, value, keep, SIZE: tl.constexpr):
+    """Add the kept values to the list, in any order, as far as its SIZE goes; the count goes on."""
+    counts = count_ptr + tl.zeros_like(keep.to(tl.int32))
+    place = tl.atomic_add(counts, 1, mask=keep, sem="relaxed", scope="cta")
+    tl.store(list_ptr + place, value, mask=keep & (place < SIZE))
+
+
+@triton.jit
+def _select(
+    logits_ptr,
+    start,  # int64: of the V classes looked at
+    first_index,  # of the first of them
+    found_ptr,  # (SORT) int64: gets the classes that reach the bound
+    pieces_ptr,  # (SORT) int32 scratch
+    count_ptr,  # (2) int32 scratch: lengths of pieces and found
+    V,
+    k,
+    SORT: tl.constexpr,
+    NSEG: tl.constexpr,
+    PIECE: tl.constexpr,
+    NCUT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """A bound that at least k classes reach, and how many do: all listed, unless over SORT."""
+    DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    NP: tl.constexpr = NSEG * C // PIECE
+    row_ptr = logits_ptr + start
+    head = classes_before(row_ptr, V, ALIGNED)
+    # an alignment counts in bytes, and holds only for a sum that this very function makes
+    chunk_ptr = tl.multiple_of(logits_ptr + (start + head), 16)
+    chunks = (V - head) // C
+
+    tl.store(count_ptr, 0)
+    tl.store(count_ptr + 1, 0)
+    best = _piece_keys(chunk_ptr, chunks, C, NSEG, PIECE, UNROLL)
+    coarse = tl.max(tl.reshape(best, [NP // NCUT, NCUT]), axis=0)
+    least = threshold(coarse, tl.min(coarse, axis=0), tl.max(coarse, axis=0), k, k + k // 8)
+    tl.debug_barrier()
+    _append(pieces_ptr, count_ptr, tl.arange(0, NP), best >= least, SORT)
+    tl.debug_barrier()
+
+    width = tl.load(count_ptr, volatile=True)
+    tiles = tl.cdiv(chunks, NSEG)
+    # candidates are numbered tile by tile; the division by the number of pieces is a product with a
+    # 32-bit inverse, exact below 2^32 / SORT, and 1 has none
+    divisor = tl.maximum(width, 2)
+    inverse = (0xFFFFFFFF // divisor.to(tl.uint32, bitcast=True)) + 1
+    listed = (width <= SORT) & (tiles <= (1 << 31) // (SORT * SORT))
+    count = tl.where(listed, divisor * tiles, 0)
+    lane = tl.arange(0, PIECE)
+    for first in tl.range(0, count, BLOCK // PIECE):
+        number = first + tl.arange(0, BLOCK // PIECE)
+        tile = tl.umulhi(number.to(tl.uint32, bitcast=True), inverse).to(tl.int32, bitcast=True)
+        slot = number - tile * divisor
+        valid = (number < count) & (slot < width)
+        piece = tl.load(pieces_ptr + slot, mask=valid, other=0) + tile * NP
+        valid = valid & (piece < chunks * (C // PIECE))
+        at = piece[:, None] * PIECE + lane[None, :]
+        key = value_key(tl.load(chunk_ptr + at, mask=valid[:, None], other=float("-inf")))
+        keep = valid[:, None] & (key >= least)
+        packed = pack(key, at + (head + first_index))
+        _append(found_ptr, count_ptr + 1, packed, keep, SORT)
+    if not ALIGNED:
+        at_edge, inside = edges(head, chunks, V, C)
+        key_edge = value_key(tl.load(row_ptr + at_edge, mask=inside, other=float("-inf")))
+        packed_edge = pack(key_edge, at_edge + first_index)
+        _append(found_ptr, count_ptr + 1, packed_edge, inside & (key_edge >= least), SORT)
+    tl.debug_barrier()
+    length = tl.where(listed, tl.load(count_ptr + 1, volatile=True), SORT + 1)
+    return least, length
+
+
+@triton.jit
+def _finish(
+    packed,  # at least k, descending
+    row,  # int64
+    row_ptr,
+    target_ptr,
+    weight_ptr,
+    loss_ptr,
+    lse_ptr,
+    indices_ptr,
+    probs_ptr,
+    V,
+    k,
+    label_smoothing,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """Everything that forward returns, from the sorted classes of the row."""
+    rank = tl.arange(0, packed.shape[0])
+    kept = rank < k
+    index = packed_index(packed)
+    value = key_value(packed_key(packed), row_ptr.dtype.element_ty)
+    row_max = tl.sum(tl.where(rank == 0, value, 0.0), axis=0)
+    shifted = tl.where(kept, value - row_max, float("-inf"))
+    log_sum = tl.log(tl.sum(tl.exp(shifted), axis=0))
+    target = tl.load(target_ptr + row)
+    hit = (target >= 0) & (target < V)
+    z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
+    loss = log_sum - (z_y - row_max)
+    if HAS_WEIGHT:
+        loss *= tl.load(weight_ptr + target, mask=hit, other=0.0)
+    if HAS_SMOOTHING:
+        nll = log_sum - shifted
+        if HAS_WEIGHT:
+            nll *= tl.load(weight_ptr + index, mask=kept, other=0.0)
+        spread = tl.sum(tl.where(kept, nll, 0.0), axis=0)
+        loss = (1 - label_smoothing) * loss + label_smoothing / k * spread
+    tl.store(loss_ptr + row, tl.where(hit, loss, float("nan")))
+    tl.store(lse_ptr + row, row_max + log_sum)
+    out = row * k + rank
+    tl.store(indices_ptr + out, index, mask=kept)
+    tl.store(probs_ptr + out, tl.exp(shifted - log_sum), mask=kept)
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "part_size", "V", "k"])
+def _fwd_kernel(
+    logits_ptr,  # (N, V), a row is at (row // rows_t) * stride_b + (row % rows_t) * stride_t
+    target_ptr,  # (N) int64
+    weight_ptr,  # (V) fp32
+    loss_ptr,  # (N) fp32
+    lse_ptr,  # (N) fp32
+    indices_ptr,  # (N, k) int32
+    probs_ptr,  # (N, k) fp32
+    best_ptr,  # (N, parts, k) int64: the result of each part, where rows are split
+    found_ptr,  # (N, parts, SORT) int64 scratch
+    pieces_ptr,  # (N, parts, SORT + 2) int32 scratch
+    pending_ptr,  # (N, parts) int32: bound from which _exact_kernel goes on, or SETTLED
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    rows_t,
+    part_size,
+    V,
+    k,
+    label_smoothing,
+    SORT: tl.constexpr,
+    NSEG: tl.constexpr,
+    PIECE: tl.constexpr,
+    NCUT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = row_start(tl.program_id(0), rows_t, stride_b, stride_t)
+    first = tl.program_id(1) * part_size
+    job = row * tl.num_programs(1) + tl.program_id(1)
+    found_ptr += job * SORT
+    pieces_ptr += job * (SORT + 2)
+    least, length = _select(
+        logits_ptr, start + first, first, found_ptr, pieces_ptr, pieces_ptr + SORT,
+        tl.minimum(V - first, part_size), k, SORT, NSEG, PIECE, NCUT, UNROLL, BLOCK, ALIGNED,
+    )  # fmt: skip
+    tl.store(pending_ptr + job, tl.where(length > SORT, least, SETTLED))
+    if length <= SORT:
+        rank = tl.arange(0, SORT)
+        packed = tl.load(found_ptr + rank, mask=rank < length, other=LOWEST)
+        packed = tl.sort(packed, descending=True)
+        if SPLIT:
+            tl.store(best_ptr + job * k + rank, packed, mask=rank < k)
+        else:
+            _finish(
+                packed, row, logits_ptr + start, target_ptr, weight_ptr, loss_ptr, lse_ptr,
+                indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+            )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["stride_b", "stride_t", "rows_t", "N", "parts", "part_size", "V", "k"]
+)
+def _exact_kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr, best_ptr,
+    list_ptr,  # (programs, 2 * BLOCK) int64 scratch
+    pending_ptr,  # (N, parts) int32
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    rows_t,
+    N,
+    parts,
+    part_size,
+    V,
+    k,
+    label_smoothing,
+    SORT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """The rows whose ties overflow the lists of _fwd_kernel, from the bound found there, by index.
+
+    Once k classes are listed, only better ones enter: hardly any after the first ties.
+    """
+    LIST: tl.constexpr = 2 * BLOCK
+    place = tl.arange(0, LIST)
+    rank = tl.arange(0, SORT)
+    program = tl.program_id(0).to(tl.int64)
+    list_ptr += program * LIST
+    for step in tl.range(0, N * parts - tl.program_id(0), tl.num_programs(0)):
+        job = program + step
+        least = tl.load(pending_ptr + job)
+        if least != SETTLED:
+            row = job // parts
+            first = (job % parts) * part_size
+            size = tl.minimum(V - first, part_size)
+            row_ptr = logits_ptr + row_start(row, rows_t, stride_b, stride_t)
+            floor = least.to(tl.int64) << 32
+            length = 0
+            for block in tl.range(0, size + BLOCK, BLOCK):
+                index = first + block + tl.arange(0, BLOCK)
+                inside = index < first + size
+                key = value_key(tl.load(row_ptr + index, mask=inside, other=float("-inf")))
+                packed = tl.where(inside, pack(key, index), LOWEST)
+                more = tl.sum((packed >= floor).to(tl.int32), axis=0)
+                if (length + more > LIST) | (block >= size):
+                    tl.debug_barrier()
+                    full = tl.load(list_ptr + place, mask=place < length, other=LOWEST)
+                    full = tl.sort(full, descending=True)
+                    tl.debug_barrier()
+                    tl.store(list_ptr + place, full, mask=place < k)
+                    floor = tl.max(tl.where(place == k - 1, full, LOWEST), axis=0) + 1
+                    length = k
+                keep = (packed >= floor).to(tl.int32)
+                added = length + tl.cumsum(keep, axis=0) - 1
+                tl.store(list_ptr + added, packed, mask=keep > 0)
+                length += tl.sum(keep, axis=0)
+            tl.debug_barrier()
+            best = tl.load(list_ptr + rank, mask=rank < k, other=LOWEST)
+            tl.debug_barrier()
+            if SPLIT:
+                tl.store(best_ptr + job * k + rank, best, mask=rank < k)
+            else:
+                _finish(
+                    best, row, row_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr,
+                    indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "parts", "V", "k"])
+def _sort_kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
+    best_ptr,  # (N, parts, k) int64, where rows are split
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    rows_t,
+    parts,
+    V,
+    k,
+    label_smoothing,
+    SORT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """Rows of few candidates: all of a short row, or the best of each part of a split one."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row_start(tl.program_id(0), rows_t, stride_b, stride_t)
+    place = tl.arange(0, SORT)
+    if SPLIT:
+        packed = tl.load(best_ptr + row * parts * k + place, mask=place < parts * k, other=LOWEST)
+    else:
+        key = value_key(tl.load(row_ptr + place, mask=place < V, other=float("-inf")))
+        packed = tl.where(place < V, pack(key, place), LOWEST)
+    packed = tl.sort(packed, descending=True)
+    _finish(
+        packed, row, row_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
+        V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["part_size", "V", "k"])
+def _bwd_kernel(
+    dloss_ptr,  # (N) fp32
+    dlse_ptr,  # (N) fp32
+    dprobs_ptr,  # (N, k) fp32
+    target_ptr,  # (N) int64
+    indices_ptr,  # (N, k) int32
+    probs_ptr,  # (N, k) fp32
+    weight_ptr,  # (V) fp32
+    dlogits_ptr,  # (N, V)
+    part_size,
+    V,
+    k,
+    label_smoothing,
+    K2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_DLOSS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_DPROBS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    DTYPE: tl.constexpr = dlogits_ptr.dtype.element_ty
+    C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    start = row * V
+    row_ptr = dlogits_ptr + start
+    head = classes_before(row_ptr, V, ALIGNED)
+    chunk_ptr = tl.multiple_of(dlogits_ptr + (start + head), 16)
+    chunks = (V - head) // C
+    lane = tl.arange(0, C)
+    offset = tl.arange(0, BLOCK)[:, None] * C + lane[None, :]
+    zero = tl.zeros([BLOCK, C], DTYPE)
+    first = tl.minimum(tl.program_id(1) * part_size, chunks)
+    last = tl.minimum(first + part_size, chunks)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for chunk in tl.range(first, whole, BLOCK):
+        tl.store(chunk_ptr + chunk * C + offset, zero)
+    left = (whole + tl.arange(0, BLOCK) < last)[:, None]
+    tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
+    # the classes of this part: the first and the last take the ends of the row that fill no chunk
+    low = tl.where(tl.program_id(1) == 0, 0, head + first * C)
+    high = tl.where(tl.program_id(1) == tl.num_programs(1) - 1, V, head + last * C)
+    if not ALIGNED:
+        at_edge, inside = edges(head, chunks, V, C)
+        inside = inside & (at_edge >= low) & (at_edge < high)
+        tl.store(row_ptr + at_edge, tl.zeros([2 * C], DTYPE), mask=inside)
+
+    target = tl.load(target_ptr + row)
+    hit = (target >= 0) & (target < V)
+    rank = tl.arange(0, K2)
+    kept = rank < k
+    index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
+    p = tl.load(probs_ptr + row * k + rank, mask=kept, other=0.0)
+    factor = tl.zeros([K2], tl.float32)
+    at_target = tl.full([], 0.0, tl.float32)
+    spread = tl.zeros([K2], tl.float32)
+    if HAS_DLOSS:
+        dloss = tl.where(hit, tl.load(dloss_ptr + row), 0.0)
+        at_target = dloss
+        if HAS_WEIGHT:
+            at_target *= tl.load(weight_ptr + target, mask=hit, other=0.0)
+        if HAS_SMOOTHING:
+            at_target *= 1 - label_smoothing
+            spread += dloss * (label_smoothing / k)
+            if HAS_WEIGHT:
+                spread *= tl.load(weight_ptr + index, mask=kept, other=0.0)
+            spread = tl.where(kept, spread, 0.0)
+            factor += tl.sum(spread, axis=0)
+        factor += at_target
+    if HAS_DLSE:
+        factor += tl.load(dlse_ptr + row)
+    if HAS_DPROBS:
+        q = tl.load(dprobs_ptr + row * k + rank, mask=kept, other=0.0)
+        factor += q - tl.sum(tl.where(q == 0, 0.0, q * p), axis=0)
+    # without upstream gradient exactly zero, also where p is NaN
+    g = tl.where(factor == 0, 0.0, p * factor) - spread
+    is_target = hit & (index == target)
+    g = tl.where(is_target, g - at_target, g)
+    tl.debug_barrier()
+    tl.store(row_ptr + index, g.to(DTYPE), mask=kept & (index >= low) & (index < high))
+    outside = hit & (tl.sum(is_target.to(tl.int32), axis=0) == 0)
+    here = (target >= low) & (target < high)
+    tl.store(row_ptr + target, (0.0 - at_target).to(DTYPE), mask=outside & here)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How _fwd_kernel runs: its constexprs and warps."""
+
+    SORT: int  # length of the list that is sorted, and of the list of pieces
+    NSEG: int  # segments, 16 bytes wide
+    PIECE: int  # classes of a segment that are read again together
+    NCUT: int  # maxima among which the bound is sought, at least k
+    UNROLL: int  # tiles of NSEG chunks per step of the streaming loop
+    BLOCK: int  # classes read again per step
+    num_warps: int
+
+
+def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
+    """The configuration of _fwd_kernel, or None for a row so short that it is sorted whole."""
+    # room for ties at the bound; the power of two is all that kernels know of k at compile time
+    size = max(32, triton.next_power_of_2(k + k // 4 + 16))
+    if num_classes <= max(128, size):
+        return None
+    for row in TUNING:
+        if row.itemsize == itemsize and num_classes <= row.max_v and k <= row.max_k:
+            break
+    return Selection(size, row.nseg, row.piece, row.ncut, row.unroll, 128 * row.warps, row.warps)
+
+
+def sort_options(candidates: int) -> dict[str, int]:
+    """The configuration of _sort_kernel for that many candidates."""
+    size = max(16, triton.next_power_of_2(candidates))
+    return {"SORT": size, "num_warps": max(1, size // 256)}
+
+
+def exact_options(size: int) -> dict[str, int]:
+    """The configuration of _exact_kernel for SORT = size."""
+    return {"SORT": size, "BLOCK": max(512, size), "num_warps": 8}
+
+
+def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
+    """The configuration of _bwd_kernel."""
+    return {
+        "K2": max(16, triton.next_power_of_2(k)),
+        "BLOCK": 512,
+        "ALIGNED": num_classes * itemsize % 16 == 0,
+        "num_warps": 4,
+    }
+
+
+def _parts(rows: int, num_classes: int, k: int) -> tuple[int, int]:
+    """How many programs share a row, and the classes of each: one, unless a GPU would idle."""
+    parts = min(num_classes // 16384, 2048 // k, 256 // rows)
+    if parts < 2:
+        return 1, num_classes
+    size = triton.cdiv(num_classes, parts * 16) * 16
+    return triton.cdiv(num_classes, size), size
+
+
+def topk_ce_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    k: int,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    leading, num_classes = logits.shape[:-1], logits.shape[-1]
+    loss, lse = (logits.new_empty(leading, dtype=torch.float32) for _ in range(2))
+    indices = logits.new_empty((*leading, k), dtype=torch.int32)
+    probs = logits.new_empty((*leading, k), dtype=torch.float32)
+    if target.numel() == 0:
+        return loss, lse, indices, probs
+    tensors = (logits, target, weight, loss, lse, indices, probs)
+    options = {"HAS_WEIGHT": weight is not None, "HAS_SMOOTHING": label_smoothing != 0}
+    with on_device(logits):
+        if fwd_selection(logits.element_size(), num_classes, k) is None:
+            options.update(SPLIT=False, **sort_options(num_classes))
+            _sort_kernel[(target.numel(),)](
+                *tensors, None, *row_strides(logits), 1, num_classes, k, label_smoothing, **options
+            )
+        else:
+            _launch_selection(tensors, k, label_smoothing, options)
+    return loss, lse, indices, probs
+
+
+def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-untyped-def]
+    logits, rows, num_classes = tensors[0], tensors[1].numel(), tensors[0].shape[-1]
+    parts, part_size = _parts(rows, num_classes, k)
+    selection = fwd_selection(logits.element_size(), part_size, k)
+    exact, options = exact_options(selection.SORT), {**options, "SPLIT": parts > 1}
+    programs = min(rows * parts, 1024)
+    best = logits.new_empty((rows, parts, k) if parts > 1 else 0, dtype=torch.int64)
+    found = logits.new_empty((rows, parts, selection.SORT), dtype=torch.int64)
+    pieces = logits.new_empty((rows, parts, selection.SORT + 2), dtype=torch.int32)
+    pending = logits.new_empty((rows, parts), dtype=torch.int32)
+    lists = logits.new_empty((programs, 2 * exact["BLOCK"]), dtype=torch.int64)
+    strides, sizes = row_strides(logits), (part_size, num_classes, k, label_smoothing)
+    options_fwd = {**asdict(selection), "ALIGNED": is_aligned(logits), **options}
+    _fwd_kernel[(rows, parts)](
+        *tensors, best, found, pieces, pending, *strides, *sizes, **options_fwd
+    )
+    _exact_kernel[(programs,)](
+        *tensors, best, lists, pending, *strides, rows, parts, *sizes, **exact, **options
+    )
+    if parts > 1:
+        merge = {**sort_options(parts * k), **options}
+        _sort_kernel[(rows,)](*tensors, best, *strides, parts, *sizes[1:], **merge)
+
+
+def topk_ce_bwd(
+    dloss: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    dprobs: torch.Tensor | None,
+    target: torch.Tensor,
+    indices: torch.Tensor,
+    probs: torch.Tensor,
+    weight: torch.Tensor | None,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    k, rows = indices.shape[-1], target.numel()
+    dlogits = probs.new_empty((*target.shape, num_classes), dtype=dtype)
+    if rows == 0:
+        return dlogits
+    dloss, dlse, dprobs = (None if g is None else g.contiguous() for g in (dloss, dlse, dprobs))
+    chunks = num_classes * dlogits.element_size() // 16
+    parts = max(1, min(1024 // rows, chunks // 1024))
+    with on_device(probs):
+        _bwd_kernel[(rows, parts)](
+            dloss, dlse, dprobs, target, indices, probs, weight, dlogits,
+            triton.cdiv(chunks, parts), num_classes, k, label_smoothing,
+            HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None, HAS_DPROBS=dprobs is not None,
+            HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0,
+            **bwd_options(dlogits.element_size(), num_classes, k),
+        )  # fmt: skip
+    return dlogits
+
+
+class Tuning(NamedTuple):
+    itemsize: int
+    max_v: int
+    max_k: int
+    nseg: int
+    piece: int
+    ncut: int
+    unroll: int
+    warps: int
+
+
+# No GPU has chosen these rows. They follow from counts on compiled code, which
+# tests/test_triton_aot.py repeats and tests/triton_resources.json records: registers, instructions
+# per 16 bytes of the streaming loop, warp-instructions per row. None of them spills.
+#   nseg    8 chunks per thread: 32 registers of maxima and 32 of loads in flight. The second look
+#           reads 2 k / nseg of the row again, so nseg grows with k. Where rows are long and k is
+#           small, 4 chunks and unroll 2 leave room for 4 programs of 8 warps on a multiprocessor.
+#   warps   all but the streaming costs 1000 to 2500 instructions per warp: as few as nseg leaves.
+#   piece   small ones read less again, and list more; 1 or 2 where k is not small against V.
+#   ncut    4 k or more: about k + k / 8 classes then reach the bound.
+_ANY = 1 << 31
+TUNING = (
+    Tuning(2, 4096, 32, 256, 4, 128, 1, 1),
+    Tuning(2, 4096, 128, 256, 2, 512, 1, 2),
+    Tuning(2, 4096, 1024, 512, 1, 4096, 1, 8),
+    Tuning(2, 16384, 32, 512, 4, 256, 1, 2),
+    Tuning(2, 16384, 128, 512, 2, 512, 1, 2),
+    Tuning(2, 16384, 1024, 2048, 2, 4096, 1, 8),
+    Tuning(2, 65536, 32, 1024, 4, 256, 1, 4),
+    Tuning(2, 65536, 128, 1024, 4, 512, 1, 4),
+    Tuning(2, 65536, 1024, 2048, 2, 4096, 1, 8),
+    Tuning(2, _ANY, 32, 1024, 4, 256, 2, 8),
+    Tuning(2, _ANY, 128, 2048, 4, 512, 1, 8),
+    Tuning(2, _ANY, 1024, 2048, 2, 4096, 1, 8),
+    Tuning(4, 4096, 32, 256, 4, 128, 1, 1),
+    Tuning(4, 4096, 128, 256, 1, 512, 1, 2),
+    Tuning(4, 4096, 1024, 1024, 1, 4096, 1, 8),
+    Tuning(4, 16384, 32, 512, 4, 256, 1, 2),
+    Tuning(4, 16384, 128, 512, 2, 512, 1, 2),
+    Tuning(4, 16384, 1024, 2048, 1, 4096, 1, 8),
+    Tuning(4, 65536, 32, 1024, 4, 256, 1, 4),
+    Tuning(4, 65536, 128, 1024, 2, 512, 1, 4),
+    Tuning(4, 65536, 1024, 2048, 1, 4096, 1, 8),
+    Tuning(4, _ANY, 32, 1024, 4, 256, 2, 8),
+    Tuning(4, _ANY, 128, 2048, 4, 512, 1, 8),
+    Tuning(4, _ANY, 1024, 2048, 1, 4096, 1, 8),
+)
