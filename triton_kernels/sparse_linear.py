@@ -25,31 +25,23 @@ PIECE = 256
 
 @triton.jit
 def _weighted_rows(
-    coefficients_ptr,
-    rows_ptr,
+    coefficients_ptr,  # (pairs) fp32
+    rows_ptr,  # (pairs) int32
     source_ptr,  # (., width)
     column,  # (BLOCK_D)
     begin,
     end,
-    per_row,  # a pair's row is its number // per_row, or rows_ptr[its number] where ROWS
-    order_ptr,  # the numbers of the pairs, where ORDERED
     width,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ORDERED: tl.constexpr,
 ):
     """(BLOCK_D) fp32: the sum over pairs begin to end."""
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in tl.range(begin, end, BLOCK_M):
         pair = first + tl.arange(0, BLOCK_M)
         valid = pair < end
-        if ORDERED:
-            pair = tl.load(order_ptr + pair, mask=valid, other=0)
         g = tl.load(coefficients_ptr + pair, mask=valid, other=0.0)
-        if ORDERED:
-            row = pair // per_row
-        else:
-            row = tl.load(rows_ptr + pair, mask=valid, other=0).to(tl.int64)
+        row = tl.load(rows_ptr + pair, mask=valid, other=0).to(tl.int64)
         inside = (g != 0)[:, None] & (column < width)[None, :]
         x = tl.load(source_ptr + row[:, None] * width + column[None, :], mask=inside, other=0.0)
         total += tl.sum(x.to(tl.float32) * g[:, None], axis=0)
@@ -70,22 +62,20 @@ def _dhidden_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = _weighted_rows(
-        coefficients_ptr, classes_ptr, weight_ptr, column, row * m, row * m + m, m, classes_ptr,
-        width, BLOCK_M, BLOCK_D, ORDERED=False,
+        coefficients_ptr, classes_ptr, weight_ptr, column, row * m, row * m + m, width,
+        BLOCK_M, BLOCK_D,
     )  # fmt: skip
     out = dhidden_ptr + row * width + column
     tl.store(out, total.to(dhidden_ptr.dtype.element_ty), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["m", "pairs"])
+@triton.jit
 def _piece_kernel(
-    coefficients_ptr,  # (N, m) fp32
-    sorted_ptr,  # (pairs) int32: classes
-    order_ptr,  # (pairs) int64: numbers of the pairs
+    coefficients_ptr,  # (pairs) fp32, sorted by class as what follows
+    tokens_ptr,  # (pairs) int32
+    classes_ptr,  # (pairs) int32
     hidden_ptr,  # (N, width)
     sums_ptr,  # (pairs // PIECE, width) fp32: of the pieces of one class
-    m,
-    pairs,
     width,
     PIECE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,24 +83,23 @@ def _piece_kernel(
 ):
     piece = tl.program_id(0).to(tl.int64)
     begin = piece * PIECE
-    if tl.load(sorted_ptr + begin) == tl.load(sorted_ptr + begin + PIECE - 1):
+    if tl.load(classes_ptr + begin) == tl.load(classes_ptr + begin + PIECE - 1):
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = _weighted_rows(
-            coefficients_ptr, sorted_ptr, hidden_ptr, column, begin, begin + PIECE, m, order_ptr,
-            width, BLOCK_M, BLOCK_D, ORDERED=True,
+            coefficients_ptr, tokens_ptr, hidden_ptr, column, begin, begin + PIECE, width,
+            BLOCK_M, BLOCK_D,
         )  # fmt: skip
         tl.store(sums_ptr + piece * width + column, total, mask=column < width)
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit
 def _dweight_kernel(
-    coefficients_ptr,  # (N, m) fp32
-    starts_ptr,  # (V + 1) int64: of the sorted pairs of each class
-    order_ptr,  # (pairs) int64
+    coefficients_ptr,  # (pairs) fp32, sorted by class
+    tokens_ptr,  # (pairs) int32
+    starts_ptr,  # (V + 1) int64: of the pairs of each class
     hidden_ptr,  # (N, width)
     sums_ptr,  # (pairs // PIECE, width) fp32
     dweight_ptr,  # (V, width)
-    m,
     width,
     PIECE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -126,15 +115,13 @@ def _dweight_kernel(
     before = tl.where(first < last, first * PIECE, end)
     after = tl.where(first < last, last * PIECE, end)
     total = _weighted_rows(
-        coefficients_ptr, starts_ptr, hidden_ptr, column, begin, before, m, order_ptr,
-        width, BLOCK_M, BLOCK_D, ORDERED=True,
-    )  # fmt: skip
+        coefficients_ptr, tokens_ptr, hidden_ptr, column, begin, before, width, BLOCK_M, BLOCK_D
+    )
     for piece in tl.range(first, last):
         total += tl.load(sums_ptr + piece * width + column, mask=column < width, other=0.0)
     total += _weighted_rows(
-        coefficients_ptr, starts_ptr, hidden_ptr, column, after, end, m, order_ptr,
-        width, BLOCK_M, BLOCK_D, ORDERED=True,
-    )  # fmt: skip
+        coefficients_ptr, tokens_ptr, hidden_ptr, column, after, end, width, BLOCK_M, BLOCK_D
+    )
     out = dweight_ptr + index * width + column
     tl.store(out, total.to(dweight_ptr.dtype.element_ty), mask=column < width)
 
@@ -166,22 +153,25 @@ def sparse_linear_dweight(
     num_classes: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    m, width, pairs = classes.shape[1], hidden.shape[1], classes.numel()
+    width, pairs = hidden.shape[1], classes.numel()
     dweight = hidden.new_empty((num_classes, width), dtype=dtype)
     if dweight.numel() == 0:
         return dweight
     by_class, order = torch.sort(classes.flatten(), stable=True)
     bounds = torch.arange(num_classes + 1, dtype=torch.int32, device=classes.device)
     starts = torch.searchsorted(by_class, bounds)
+    # here and not in the kernels, where a division of 64-bit numbers is a call
+    tokens = (order // classes.shape[1]).to(torch.int32)
+    sorted_coefficients = coefficients.flatten()[order]
     pieces, config = pairs // PIECE, options(width, 4)
     blocks = triton.cdiv(width, config["BLOCK_D"])
     sums = hidden.new_empty((pieces, width), dtype=torch.float32)
     with on_device(hidden):
         if pieces > 0:
             _piece_kernel[(pieces, blocks)](
-                coefficients, by_class, order, hidden, sums, m, pairs, width, PIECE, **config
+                sorted_coefficients, tokens, by_class, hidden, sums, width, PIECE, **config
             )
         _dweight_kernel[(num_classes, blocks)](
-            coefficients, starts, order, hidden, sums, dweight, m, width, PIECE, **config
+            sorted_coefficients, tokens, starts, hidden, sums, dweight, width, PIECE, **config
         )
     return dweight

@@ -7,7 +7,6 @@
 //
 // Frequent classes would keep their threads long: whole pieces of kPiece sorted pairs that belong to one class are summed before,
 // and the threads of the class add these sums in order.
-#include "order.cuh"
 #pragma once
 
 #include "order.cuh"
