@@ -29,6 +29,7 @@ template <class Key> struct Vector;
 
 struct Vector256 {
   using Register = __m256i;
+  static constexpr int64_t sorts = 0;
   static Register load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store(void* p, Register a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
   static Register both(Register a, Register b) { return _mm256_and_si256(a, b); }

@@ -36,6 +36,7 @@ template <class Key> struct Vector;
 
 struct Vector512 {
   using Register = __m512i;
+  static constexpr int64_t sorts = 0;
   static Register load(const void* p) { return _mm512_loadu_si512(p); }
   static void store(void* p, Register a) { _mm512_storeu_si512(p, a); }
   static Register both(Register a, Register b) { return _mm512_and_si512(a, b); }
@@ -115,6 +116,62 @@ template <> struct Vector<int32_t> : Vector512 {
   }
   static int32_t highest_lane(Register a) { return _mm512_reduce_max_epi32(a); }
   static int32_t lowest_lane(Register a) { return _mm512_reduce_min_epi32(a); }
+
+  // A stage of a sorting network: lanes DISTANCE apart are compared, those of MAXIMA keep the larger.
+  template <int DISTANCE, int MAXIMA> static Register exchange(Register a) {
+    Register other;
+    if constexpr (DISTANCE == 8) other = _mm512_shuffle_i64x2(a, a, 0x4e);
+    if constexpr (DISTANCE == 4) other = _mm512_shuffle_i64x2(a, a, 0xb1);
+    if constexpr (DISTANCE == 2) other = _mm512_shuffle_epi32(a, _MM_PERM_BADC);
+    if constexpr (DISTANCE == 1) other = _mm512_shuffle_epi32(a, _MM_PERM_CDAB);
+    return _mm512_mask_max_epi32(min(a, other), MAXIMA & 0xffff, a, other);
+  }
+  // Of a bitonic register.
+  static Register merge_descending(Register a) {
+    return exchange<1, 0x5555>(exchange<2, 0x3333>(exchange<4, 0x0f0f>(exchange<8, 0x00ff>(a))));
+  }
+  // All bits of FLIP set: ascending.
+  template <int FLIP> static Register sort_lanes(Register a) {
+    a = exchange<1, 0x9999 ^ FLIP>(a);
+    a = exchange<1, 0xa5a5 ^ FLIP>(exchange<2, 0xc3c3 ^ FLIP>(a));
+    a = exchange<1, 0xaa55 ^ FLIP>(exchange<2, 0xcc33 ^ FLIP>(exchange<4, 0xf00f ^ FLIP>(a)));
+    a = exchange<4, 0x0f0f ^ FLIP>(exchange<8, 0x00ff ^ FLIP>(a));
+    return exchange<1, 0x5555 ^ FLIP>(exchange<2, 0x3333 ^ FLIP>(a));
+  }
+
+  // Up to 32 candidates in the order of the index -> (key desc, index asc), in registers. What is sorted are keys, of BITS bits,
+  // with the place in the list in the five lowest: all are different. A key of 32 bits loses its own five there. Returns false
+  // where it needed them: keys that differ in these alone then stand in the order of the index.
+  static constexpr int64_t sorts = 32;
+  template <int BITS> static bool sort(const int32_t* keys, const int32_t* indices, int64_t n,
+                                       int32_t* sorted_keys, int32_t* sorted_indices) {
+    constexpr int shift = BITS == 32 ? 0 : 5;
+    const Register lowest = broadcast(std::numeric_limits<int32_t>::min() >> shift);
+    const Register last = broadcast(31);
+    const auto lanes = first_lanes(n);
+    const auto a = _mm512_mask_loadu_epi32(lowest, static_cast<__mmask16>(lanes), keys);
+    const auto b = _mm512_mask_loadu_epi32(lowest, static_cast<__mmask16>(lanes >> 16), keys + 16);
+    const Register backwards =
+        _mm512_set_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+    const auto packed = [&](Register key, Register rest) {  // (key & ~31) | rest
+      return _mm512_ternarylogic_epi32(_mm512_slli_epi32(key, shift), last, rest, 0xba);
+    };
+    // one descending, the other ascending: side by side they are bitonic
+    const Register x = sort_lanes<0>(packed(a, backwards));
+    const Register y = sort_lanes<0xffff>(packed(b, add(backwards, broadcast(-16))));
+    const auto place = [&](Register z) { return _mm512_andnot_si512(z, last); };
+    const Register first = place(merge_descending(max(x, y)));
+    const Register second = place(merge_descending(min(x, y)));
+    const Register c = _mm512_permutex2var_epi32(a, first, b);
+    const Register d = _mm512_permutex2var_epi32(a, second, b);
+    store(sorted_keys, c);
+    store(sorted_keys + 16, d);
+    const Register i = load(indices), j = load(indices + 16);
+    store(sorted_indices, _mm512_permutex2var_epi32(i, first, j));
+    store(sorted_indices + 16, _mm512_permutex2var_epi32(i, second, j));
+    return (_mm512_cmplt_epi32_mask(c, _mm512_alignr_epi32(d, c, 1)) |
+            _mm512_cmplt_epi32_mask(d, _mm512_alignr_epi32(lowest, d, 1))) == 0;
+  }
 };
 template <> struct Vector<int64_t> : Vector512 {
   static constexpr int lanes = 8;

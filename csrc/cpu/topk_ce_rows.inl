@@ -200,6 +200,13 @@ template <class Key> void to_rows(Scratch<Key>& s, int64_t n) {
 
 // Puts the k first of n candidates, sorted, into `sorted_keys` and `sorted_indices`.
 template <class Key> void sort_candidates(Scratch<Key>& s, int64_t n) {
+  using V = Vector<Wide<Key>>;
+  if constexpr (V::sorts != 0) {
+    if (n <= V::sorts && s.in_index_order &&
+        V::template sort<8 * sizeof(Key)>(s.keys.data(), s.indices.data(), n, s.sorted_keys.data(),
+                                          s.sorted_indices.data()))
+      return;
+  }
   if (n <= 256 && s.in_index_order) return sort_by_counting(s, n);
   to_rows(s, n);
   Candidate<Key>* sorted = s.rows.data();
