@@ -190,4 +190,70 @@ inline void check_weighted_rows(const Tensor& coefficients, const Tensor& classe
               coefficients.sizes(), ", ", classes.sizes(), ", ", rows.sizes());
 }
 
+// Of cosine.
+template <class Table> Table table_of(const Tensor& embedding, const Tensor& output) {
+  TORCH_CHECK(embedding.dim() == 2 && embedding.size(1) == output.size(-1) &&
+                  (embedding.stride(1) == 1 || embedding.size(1) == 1),
+              "embedding: expected (V, ", output.size(-1),
+              ") with unit stride in the last dimension, got ", embedding.sizes());
+  TORCH_CHECK((embedding.scalar_type() == at::kDouble) == (output.scalar_type() == at::kDouble),
+              "embedding: expected double beside double and nowhere else, got ",
+              embedding.scalar_type(), " beside ", output.scalar_type());
+  Table table{};
+  table.data = embedding.const_data_ptr();
+  table.dtype = dtype_of<decltype(table.dtype)>(embedding.scalar_type());
+  table.vectors = embedding.size(0);
+  table.stride = embedding.stride(0);
+  return table;
+}
+
+// What forward and backward are given alike.
+template <class Arguments>
+Arguments cosine_arguments(const Tensor& output, const Tensor& target, const Tensor& embedding) {
+  const int64_t dims = output.dim();
+  TORCH_CHECK((dims == 2 || dims == 3) && (output.stride(-1) == 1 || output.size(-1) == 1),
+              "output: expected (N, D) or (B, T, D) with unit stride in the last dimension, got ",
+              dims, " dimensions and stride ", output.stride(-1));
+  Arguments arguments{};
+  arguments.output = rows_of<decltype(arguments.output)>(output);
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.table = table_of<decltype(arguments.table)>(embedding, output);
+  return arguments;
+}
+
+// loss, by_output, by_target
+using CosineOutputs = std::tuple<Tensor, Tensor, Tensor>;
+
+// Not filled yet.
+inline CosineOutputs empty_cosine_outputs(const Tensor& output, const Tensor& target) {
+  const auto statistic = [&] { return at::empty(target.sizes(), statistics_of(output)); };
+  return {statistic(), statistic(), statistic()};
+}
+
+template <class CosineForward>
+CosineForward cosine_forward_arguments(const Tensor& output, const Tensor& target,
+                                       const Tensor& embedding, bool normalize,
+                                       const CosineOutputs& outputs) {
+  const auto& [loss, by_output, by_target] = outputs;
+  auto arguments = cosine_arguments<CosineForward>(output, target, embedding);
+  arguments.normalize = normalize;
+  arguments.loss = loss.data_ptr();
+  arguments.by_output = by_output.data_ptr();
+  arguments.by_target = by_target.data_ptr();
+  return arguments;
+}
+
+template <class CosineBackward>
+CosineBackward cosine_backward_arguments(const Tensor& dloss, const Tensor& output,
+                                         const Tensor& target, const Tensor& embedding,
+                                         const Tensor& by_output, const Tensor& by_target,
+                                         const Tensor& doutput) {
+  auto arguments = cosine_arguments<CosineBackward>(output, target, embedding);
+  arguments.dloss = dloss.const_data_ptr();
+  arguments.by_output = by_output.const_data_ptr();
+  arguments.by_target = by_target.const_data_ptr();
+  arguments.doutput = doutput.data_ptr();
+  return arguments;
+}
+
 }  // namespace sparse_ce

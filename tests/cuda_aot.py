@@ -20,7 +20,7 @@ import sass
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 RESOURCES = Path(__file__).with_name("cuda_resources.json")
-STEMS = ("topk_ce", "threshold_ce", "sparse_linear")
+STEMS = ("topk_ce", "threshold_ce", "sparse_linear", "cosine")
 DTYPES = ("bf16", "f16", "f32", "f64")
 FILES = [f"{stem}_{dtype}" for stem in STEMS for dtype in DTYPES]
 # Warnings of the host's compiler and of nvcc are errors, so are those of ptxas: of a stack frame or
@@ -64,7 +64,7 @@ def compile_file(name: str, architecture: int) -> dict[str, sass.Report]:
 def _short(mangled: str) -> str:
     """_Z...forward_long_kernelINS0_8bfloat16ELi128ELi8E... -> forward_long 128 8 ..."""
     name = re.search(r"\d([a-z_]+)_kernelI", mangled)[1]
-    return " ".join([name, *re.findall(r"L[ib](\d+)E", mangled)])
+    return " ".join([name, *re.findall(r"L(?:[ib]|NS0_5DtypeE)(\d+)E", mangled)])
 
 
 def resources(kernel: str, report: sass.Report) -> dict[str, float]:
@@ -79,6 +79,8 @@ def resources(kernel: str, report: sass.Report) -> dict[str, float]:
 def streamed(kernel: str) -> tuple[str, ...] | None:
     """The instructions by which the kernel moves whole rows."""
     load, store = "LDG.E.128", "STG.E.128"
+    if kernel.startswith("cosine"):
+        return (load,) if kernel.endswith(" 16") else None
     return {
         "forward_long": (load,),
         "backward": (store,),

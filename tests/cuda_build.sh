@@ -20,7 +20,7 @@ def has(operator, key):
 for operator in schema.SIGNATURES:
     assert has(operator, "CPU"), operator
     # the other stems run as tensor operations on a GPU, or by Triton
-    stems = ("topk_ce", "threshold_ce", "sparse_linear")
+    stems = ("topk_ce", "threshold_ce", "sparse_linear", "cosine")
     assert has(operator, "CUDA") == operator.startswith(stems), operator
 print("built for", torch.ops.sparse_ce_native.cuda_architectures())
 if not torch.cuda.is_available():

@@ -89,6 +89,36 @@ class Segments(ctypes.Structure):
     ]
 
 
+class Table(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("vectors", "stride")),
+    ]
+
+
+class CosineForward(ctypes.Structure):
+    _fields_ = [
+        ("output", Rows),
+        ("dtype", ctypes.c_int),
+        ("target", ctypes.c_void_p),
+        ("table", Table),
+        ("normalize", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("loss", "by_output", "by_target")),
+    ]
+
+
+class CosineBackward(ctypes.Structure):
+    _fields_ = [
+        ("dloss", ctypes.c_void_p),
+        ("output", Rows),
+        ("dtype", ctypes.c_int),
+        ("target", ctypes.c_void_p),
+        ("table", Table),
+        *((name, ctypes.c_void_p) for name in ("by_output", "by_target", "doutput")),
+    ]
+
+
 _LAUNCHES = {
     Forward: "topk_ce_forward",
     Backward: "topk_ce_backward",
@@ -96,6 +126,8 @@ _LAUNCHES = {
     ThresholdBackward: "threshold_ce_backward",
     Gather: "sparse_linear_gather",
     Segments: "sparse_linear_segments",
+    CosineForward: "cosine_forward",
+    CosineBackward: "cosine_backward",
 }
 
 
@@ -281,6 +313,42 @@ def sparse_linear_dweight(
     run(arguments)
     outputs.check()
     return out
+
+
+def _output_and_table(output: Tensor, target: Tensor, embedding: Tensor) -> tuple[object, ...]:
+    table = Table(
+        embedding.data_ptr(), _DTYPES.index(embedding.dtype), len(embedding), embedding.stride(0)
+    )
+    return _rows(output), _DTYPES.index(output.dtype), target.data_ptr(), table
+
+
+def cosine_fwd(
+    output: Tensor, target: Tensor, embedding: Tensor, normalize: bool
+) -> tuple[Tensor, ...]:
+    outputs = _Outputs()
+    found = [
+        outputs.new(tuple(target.shape), schema.statistics_dtype(output.dtype)) for _ in range(3)
+    ]
+    given = _output_and_table(output, target, embedding)
+    run(CosineForward(*given, normalize, *map(_pointer, found)))
+    outputs.check()
+    return tuple(found)
+
+
+def cosine_bwd(
+    dloss: Tensor,
+    output: Tensor,
+    target: Tensor,
+    embedding: Tensor,
+    by_output: Tensor,
+    by_target: Tensor,
+) -> Tensor:
+    above, outputs = dloss.contiguous(), _Outputs()
+    doutput = outputs.new(tuple(output.shape), output.dtype)
+    given = _output_and_table(output, target, embedding)
+    run(CosineBackward(above.data_ptr(), *given, *map(_pointer, (by_output, by_target, doutput))))
+    outputs.check()
+    return doutput
 
 
 def launched() -> list[str]:

@@ -103,6 +103,29 @@ def test_chosen_kernels_of_sparse_linear(width, begin, rows, aligned):
 
 
 @pytest.mark.parametrize(
+    "dtype, table, width, begin, size",
+    [
+        (torch.float32, torch.float32, 300, 0, 16),
+        (torch.float32, torch.float32, 300, 1, 4),
+        (torch.float32, torch.bfloat16, 300, 0, 8),
+        (torch.bfloat16, torch.float32, 304, 0, 16),
+        (torch.bfloat16, torch.float16, 300, 4, 8),
+        (torch.float16, torch.float16, 300, 2, 2),
+        (torch.float64, torch.float64, 33, 0, 8),
+    ],
+)
+def test_chosen_kernels_of_cosine(dtype, table, width, begin, size):
+    """The widest accesses, of the narrower of the two, in which all rows lie."""
+    output = torch.randn(3 * width + begin).to(dtype)[begin:].view(3, width)
+    embedding, target = torch.randn(5, width).to(table), torch.tensor([0, 1, 4])
+    emulated_cuda.launched()
+    found = emulated_cuda.cosine_fwd(output, target, embedding, True)
+    emulated_cuda.cosine_bwd(torch.ones(3).to(found[0]), output, target, embedding, *found[1:])
+    names = emulated_cuda.launched()
+    assert [re.search(r", (\d+)>", name)[1] for name in names] == [str(size)] * 2
+
+
+@pytest.mark.parametrize(
     "rows, classes, k",
     [(2**31, 5, 2), (1, 5, 6), (1, 5, 0), (1, 2**31 - 1, 5), (1, 2**30 + 2, 2**30 + 1)],
 )
@@ -131,6 +154,14 @@ def test_sizes_out_of_range_are_refused_by_sparse_linear():
     assert_refused(emulated_cuda.Segments(pairs=5, m=1, classes=2 * half, width=5))
     # float64 goes with float64 alone
     assert_refused(emulated_cuda.Gather(tokens=1, m=1, width=5, out_dtype=3))
+
+
+@pytest.mark.parametrize("rows, width, dtype", [(2**31, 5, 0), (1, 0, 0), (1, 2**31, 0), (1, 5, 3)])
+def test_sizes_out_of_range_are_refused_by_cosine(rows, width, dtype):
+    """And float64 beside anything else."""
+    given = (emulated_cuda.Rows(None, rows, width, 1, width, 0), dtype)
+    assert_refused(emulated_cuda.CosineForward(*given))
+    assert_refused(emulated_cuda.CosineBackward(None, *given))
 
 
 def assert_refused(arguments):

@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 
+#include "cosine.h"
 #include "glue.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
@@ -169,6 +170,33 @@ Tensor sparse_linear_dweight(const Tensor& coefficients, const Tensor& classes,
   return dweight;
 }
 
+CosineOutputs cosine_fwd(const Tensor& output, const Tensor& target, const Tensor& embedding,
+                         bool normalize) {
+  const c10::DeviceGuard guard(output.device());
+  const CosineOutputs outputs = empty_cosine_outputs(output, target);
+  auto arguments =
+      cosine_forward_arguments<cuda::CosineForward>(output, target, embedding, normalize, outputs);
+  arguments.dtype = dtype_of<cuda::Dtype>(output.scalar_type());
+  arguments.output.count = target.numel();
+  check_launch(cuda::forward(arguments, current_stream(output.device())), target.numel(),
+               " rows of ", output.size(-1), " features");
+  return outputs;
+}
+
+Tensor cosine_bwd(const Tensor& dloss, const Tensor& output, const Tensor& target,
+                  const Tensor& embedding, const Tensor& by_output, const Tensor& by_target) {
+  const c10::DeviceGuard guard(output.device());
+  const Tensor doutput = at::empty(output.sizes(), output.options());
+  const Tensor dloss_rows = dloss.contiguous();
+  auto arguments = cosine_backward_arguments<cuda::CosineBackward>(
+      dloss_rows, output, target, embedding, by_output, by_target, doutput);
+  arguments.dtype = dtype_of<cuda::Dtype>(output.scalar_type());
+  arguments.output.count = target.numel();
+  check_launch(cuda::backward(arguments, current_stream(output.device())), target.numel(),
+               " rows of ", output.size(-1), " features");
+  return doutput;
+}
+
 }  // namespace
 }  // namespace sparse_ce
 
@@ -180,6 +208,8 @@ TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
   m.impl("sparse_linear_buffer", sparse_ce::sparse_linear_buffer);
   m.impl("sparse_linear_dhidden", sparse_ce::sparse_linear_dhidden);
   m.impl("sparse_linear_dweight", sparse_ce::sparse_linear_dweight);
+  m.impl("cosine_fwd", sparse_ce::cosine_fwd);
+  m.impl("cosine_bwd", sparse_ce::cosine_bwd);
 }
 
 TORCH_LIBRARY_IMPL(sparse_ce_native, CompositeExplicitAutograd, m) {

@@ -1,9 +1,15 @@
 // The order of the classes as integers: value descending, NaN largest, -0 equal to +0, then index ascending.
 #pragma once
 
+#include <limits>
+
 #include "platform.cuh"
 
 namespace sparse_ce::cuda {
+
+template <class S> constexpr S kInfinite = std::numeric_limits<S>::infinity();
+template <class S> constexpr S kNan = std::numeric_limits<S>::quiet_NaN();
+template <class S> constexpr S kSmallest = std::numeric_limits<S>::min();  // that is normal
 
 // The key of an element: a signed integer whose order is that of the values. All NaNs have one key, both zeros another.
 template <class Key, Key kInfinity, class Bits>

@@ -24,9 +24,6 @@ namespace sparse_ce::cuda {
 // Chunks that a thread loads before it uses the first.
 constexpr int kInFlight = 4;
 
-template <class S> constexpr S kInfinite = std::numeric_limits<S>::infinity();
-template <class S> constexpr S kNan = std::numeric_limits<S>::quiet_NaN();
-
 // What a thread has seen of a row, and what all have: the largest logit, and the sum of exponentials relative to it.
 template <class S> struct Softmax {
   static constexpr S kLowest = std::numeric_limits<S>::lowest();

@@ -2,6 +2,7 @@
 #include <exception>
 #include <string>
 
+#include "cosine.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
@@ -48,4 +49,10 @@ extern "C" const char* sparse_linear_gather(const Gather* a) {
 extern "C" int64_t sparse_linear_scratch_bytes(const Segments* a) { return scratch_bytes(*a); }
 extern "C" const char* sparse_linear_segments(const Segments* a) {
   return error_of([&] { return add_segments(*a, nullptr); });
+}
+extern "C" const char* cosine_forward(const CosineForward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* cosine_backward(const CosineBackward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
 }
