@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <optional>
@@ -13,7 +14,7 @@ namespace sparse_ce {
 
 using at::Tensor;
 
-// loss, lse, indices, probs
+// loss, lse, indices, probs; of other stems others
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Dtype> Dtype dtype_of(at::ScalarType type) {
@@ -255,5 +256,101 @@ CosineBackward cosine_backward_arguments(const Tensor& dloss, const Tensor& outp
   arguments.doutput = doutput.data_ptr();
   return arguments;
 }
+
+// Of plif. A line lies in one place of the cache: slope beside offset.
+inline Tensor lines_of(const Tensor& slopes, const Tensor& offsets, const Tensor& x) {
+  TORCH_CHECK(slopes.dim() == 1 && slopes.size(0) > 0 && slopes.sizes() == offsets.sizes(),
+              "slopes: expected (K,) beside offsets of the same shape, got ", slopes.sizes(),
+              " and ", offsets.sizes());
+  TORCH_CHECK((slopes.scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble) &&
+                  (slopes.scalar_type() == at::kDouble || slopes.scalar_type() == at::kFloat),
+              "slopes: expected float32, float64 beside float64 alone, got ", slopes.scalar_type(),
+              " beside ", x.scalar_type());
+  return at::stack({slopes, offsets}, -1);
+}
+
+template <class Arguments>
+Arguments plif_arguments(const Tensor& lines, double bound, const Tensor& x) {
+  TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
+  Arguments arguments{};
+  arguments.f = {lines.const_data_ptr(), lines.size(0), bound};
+  arguments.x = x.const_data_ptr();
+  arguments.dtype = dtype_of<decltype(arguments.dtype)>(x.scalar_type());
+  arguments.elements = x.numel();
+  return arguments;
+}
+
+template <class PlifForward> PlifForward plif_forward_arguments(const Tensor& lines, double bound,
+                                                                const Tensor& x, const Tensor& y) {
+  auto arguments = plif_arguments<PlifForward>(lines, bound, x);
+  arguments.y = y.data_ptr();
+  return arguments;
+}
+
+template <class PlifBackward>
+PlifBackward plif_backward_arguments(const Tensor& lines, double bound, const Tensor& dy,
+                                     const Tensor& x, const Tensor& dx) {
+  TORCH_CHECK(dy.is_contiguous() && dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type(),
+              "dy: expected a contiguous tensor as x, got ", dy.scalar_type(), dy.sizes(),
+              " beside ", x.scalar_type(), x.sizes());
+  auto arguments = plif_arguments<PlifBackward>(lines, bound, x);
+  arguments.dy = dy.const_data_ptr();
+  arguments.dx = dx.data_ptr();
+  return arguments;
+}
+
+// What forward and backward before the softmax are given alike.
+template <class Arguments> Arguments plif_ce_arguments(const Tensor& lines, double bound,
+                                                       const Tensor& logits, const Tensor& target,
+                                                       const std::optional<Tensor>& weight,
+                                                       double label_smoothing) {
+  check_logits(logits);
+  Arguments arguments{};
+  arguments.f = {lines.const_data_ptr(), lines.size(0), bound};
+  arguments.logits = rows_of<decltype(arguments.logits)>(logits);
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.weight = pointer(weight);
+  arguments.label_smoothing = label_smoothing;
+  return arguments;
+}
+
+// Not filled yet: loss, lse, row_max, log_sum.
+inline Outputs empty_plif_ce_outputs(const Tensor& logits) {
+  const auto shape = logits.sizes().slice(0, logits.dim() - 1);
+  const auto statistic = [&] { return at::empty(shape, statistics_of(logits)); };
+  return {statistic(), statistic(), statistic(), statistic()};
+}
+
+template <class PlifCeForward>
+PlifCeForward plif_ce_forward_arguments(const Tensor& lines, double bound, const Tensor& logits,
+                                        const Tensor& target, const std::optional<Tensor>& weight,
+                                        double label_smoothing, const Outputs& outputs) {
+  const auto& [loss, lse, row_max, log_sum] = outputs;
+  auto arguments =
+      plif_ce_arguments<PlifCeForward>(lines, bound, logits, target, weight, label_smoothing);
+  arguments.loss = loss.data_ptr();
+  arguments.lse = lse.data_ptr();
+  arguments.row_max = row_max.data_ptr();
+  arguments.log_sum = log_sum.data_ptr();
+  return arguments;
+}
+
+template <class PlifCeBackward> PlifCeBackward plif_ce_backward_arguments(
+    const Tensor& lines, double bound, const std::optional<Tensor>& dloss,
+    const std::optional<Tensor>& dlse, const Tensor& logits, const Tensor& target,
+    const Tensor& row_max, const Tensor& log_sum, const std::optional<Tensor>& weight,
+    double label_smoothing, const Tensor& dlogits) {
+  auto arguments =
+      plif_ce_arguments<PlifCeBackward>(lines, bound, logits, target, weight, label_smoothing);
+  arguments.dloss = pointer(dloss);
+  arguments.dlse = pointer(dlse);
+  arguments.row_max = row_max.const_data_ptr();
+  arguments.log_sum = log_sum.const_data_ptr();
+  arguments.dlogits = dlogits.data_ptr();
+  return arguments;
+}
+
+// dx or dlogits, cells, outside
+using PlifGradients = std::tuple<Tensor, Tensor, Tensor>;
 
 }  // namespace sparse_ce

@@ -20,7 +20,7 @@ import sass
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 RESOURCES = Path(__file__).with_name("cuda_resources.json")
-STEMS = ("topk_ce", "threshold_ce", "sparse_linear", "cosine")
+STEMS = ("topk_ce", "threshold_ce", "sparse_linear", "cosine", "plif")
 DTYPES = ("bf16", "f16", "f32", "f64")
 FILES = [f"{stem}_{dtype}" for stem in STEMS for dtype in DTYPES]
 # Warnings of the host's compiler and of nvcc are errors, so are those of ptxas: of a stack frame or
@@ -86,10 +86,20 @@ def streamed(kernel: str) -> tuple[str, ...] | None:
         "backward": (store,),
         "threshold_forward": (load,),
         "threshold_backward": (load, store),
+        "plif_ce_forward": (load,),
+        "plif_ce_backward": (load, store),
         # of the two kinds, that for rows of whole chunks
         "gather 1": (load,),
         "piece 1": (load,),
     }.get(kernel if kernel.startswith(("gather", "piece")) else kernel.split()[0])
+
+
+def at_once(kernel: str) -> dict[str, int]:
+    """The instructions by which a thread moves all that it has, where that takes no loop."""
+    return {
+        "plif_forward": {"LDG.E.128": 1, "STG.E.128": 1},
+        "plif_backward": {"LDG.E.128": 2, "STG.E.128": 1},
+    }.get(kernel, {})
 
 
 def record() -> None:

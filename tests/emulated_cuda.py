@@ -119,6 +119,64 @@ class CosineBackward(ctypes.Structure):
     ]
 
 
+class Plif(ctypes.Structure):
+    _fields_ = [
+        ("lines", ctypes.c_void_p),
+        ("cells", ctypes.c_int64),
+        ("bound", ctypes.c_double),
+    ]
+
+
+class PlifSums(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("scale", "cells", "outside")]
+
+
+class PlifForward(ctypes.Structure):
+    _fields_ = [
+        ("f", Plif),
+        ("x", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("elements", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+    ]
+
+
+class PlifBackward(ctypes.Structure):
+    _fields_ = [
+        ("f", Plif),
+        *((name, ctypes.c_void_p) for name in ("dy", "x")),
+        ("dtype", ctypes.c_int),
+        ("elements", ctypes.c_int64),
+        ("dx", ctypes.c_void_p),
+        ("sums", PlifSums),
+    ]
+
+
+class PlifCeForward(ctypes.Structure):
+    _fields_ = [
+        ("f", Plif),
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("target", "weight", "weights")),
+        ("label_smoothing", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("loss", "lse", "row_max", "log_sum")),
+    ]
+
+
+class PlifCeBackward(ctypes.Structure):
+    _fields_ = [
+        ("f", Plif),
+        *((name, ctypes.c_void_p) for name in ("dloss", "dlse")),
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("target", "row_max", "log_sum")),
+        *((name, ctypes.c_void_p) for name in ("weight", "weights")),
+        ("label_smoothing", ctypes.c_double),
+        ("dlogits", ctypes.c_void_p),
+        ("sums", PlifSums),
+    ]
+
+
 _LAUNCHES = {
     Forward: "topk_ce_forward",
     Backward: "topk_ce_backward",
@@ -128,6 +186,10 @@ _LAUNCHES = {
     Segments: "sparse_linear_segments",
     CosineForward: "cosine_forward",
     CosineBackward: "cosine_backward",
+    PlifForward: "plif_forward",
+    PlifBackward: "plif_backward",
+    PlifCeForward: "plif_ce_forward",
+    PlifCeBackward: "plif_ce_backward",
 }
 
 
@@ -135,8 +197,10 @@ _LAUNCHES = {
 def _library() -> ctypes.CDLL:
     kernels = sorted(emulation.KERNELS.glob("*.cu"))
     library = ctypes.CDLL(str(emulation.build(emulation.HEADERS / "emulated.cpp", *kernels)))
-    library.topk_ce_scratch_bytes.restype = ctypes.c_int64
-    library.sparse_linear_scratch_bytes.restype = ctypes.c_int64
+    for name in ("topk_ce_scratch_bytes", "sparse_linear_scratch_bytes"):
+        getattr(library, name).restype = ctypes.c_int64
+    for name in ("plif_outside_parts", "plif_ce_outside_parts"):
+        getattr(library, name).restype = ctypes.c_int64
     for name in ("kernels_launched", *_LAUNCHES.values()):
         getattr(library, name).restype = ctypes.c_char_p
     return library
@@ -349,6 +413,108 @@ def cosine_bwd(
     run(CosineBackward(above.data_ptr(), *given, *map(_pointer, (by_output, by_target, doutput))))
     outputs.check()
     return doutput
+
+
+def _lines(slopes: Tensor, offsets: Tensor) -> Tensor:
+    return torch.stack((slopes, offsets), -1)
+
+
+def _plif(lines: Tensor, bound: float) -> Plif:
+    return Plif(lines.data_ptr(), len(lines), bound)
+
+
+def outside_parts(arguments: PlifBackward | PlifCeBackward) -> int:
+    name = _LAUNCHES[type(arguments)].replace("backward", "outside_parts")
+    return getattr(_library(), name)(ctypes.byref(arguments))
+
+
+def _run_with_sums(
+    arguments: PlifBackward | PlifCeBackward,
+    cells: int,
+    scale: Tensor | None,
+    outputs: _Outputs,
+) -> tuple[Tensor, Tensor]:
+    parts = outside_parts(arguments)
+    sums = outputs.new((0 if scale is None else cells, 2), torch.int64).zero_()
+    outside = outputs.new((0 if scale is None else parts, 2), torch.float64)
+    if scale is not None:
+        arguments.sums = PlifSums(*map(_pointer, (scale, sums, outside)))
+    run(arguments)
+    outputs.check()
+    return sums, outside.sum(0)
+
+
+def plif_fwd(x: Tensor, slopes: Tensor, offsets: Tensor, bound: float) -> Tensor:
+    lines, outputs = _lines(slopes, offsets), _Outputs()
+    y = outputs.new(tuple(x.shape), x.dtype)
+    dtype = _DTYPES.index(x.dtype)
+    run(PlifForward(_plif(lines, bound), x.data_ptr(), dtype, x.numel(), y.data_ptr()))
+    outputs.check()
+    return y
+
+
+def plif_bwd(
+    dy: Tensor, x: Tensor, slopes: Tensor, bound: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    lines, outputs = _lines(slopes, slopes), _Outputs()
+    dx = outputs.new(tuple(x.shape), x.dtype)
+    arguments = PlifBackward(
+        _plif(lines, bound), dy.data_ptr(), x.data_ptr(), _DTYPES.index(x.dtype), x.numel(),
+        dx.data_ptr(),
+    )  # fmt: skip
+    return dx, *_run_with_sums(arguments, len(slopes), scale, outputs)
+
+
+def _sum_of(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
+    return None if weight is None or label_smoothing == 0 else weight.sum()
+
+
+def plif_ce_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    offsets: Tensor,
+    bound: float,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    lines, weights = _lines(slopes, offsets), _sum_of(weight, label_smoothing)
+    outputs = _Outputs()
+    found = [outputs.new(tuple(target.shape), slopes.dtype) for _ in range(4)]
+    run(
+        PlifCeForward(
+            _plif(lines, bound), _rows(logits), _DTYPES.index(logits.dtype),
+            *map(_pointer, (target, weight, weights)), label_smoothing, *map(_pointer, found),
+        )
+    )  # fmt: skip
+    outputs.check()
+    return tuple(found)
+
+
+def plif_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    offsets: Tensor,
+    bound: float,
+    label_smoothing: float,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lines, weights = _lines(slopes, offsets), _sum_of(weight, label_smoothing)
+    above = [None if d is None else d.contiguous() for d in (dloss, dlse)]
+    outputs = _Outputs()
+    dlogits = outputs.new(tuple(logits.shape), logits.dtype)
+    arguments = PlifCeBackward(
+        _plif(lines, bound), *map(_pointer, above), _rows(logits), _DTYPES.index(logits.dtype),
+        *map(_pointer, (target, row_max, log_sum, weight, weights)), label_smoothing,
+        dlogits.data_ptr(),
+    )  # fmt: skip
+    return dlogits, *_run_with_sums(arguments, len(slopes), scale, outputs)
 
 
 def launched() -> list[str]:

@@ -12,6 +12,7 @@ if not subjects.EMULATING:
     pytest.skip("runs with SPARSE_CE_EMULATE=1", allow_module_level=True)
 
 import emulated_cuda  # noqa: E402
+from sparse_ce import eager, plif  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
 
@@ -125,6 +126,53 @@ def test_chosen_kernels_of_cosine(dtype, table, width, begin, size):
     assert [re.search(r", (\d+)>", name)[1] for name in names] == [str(size)] * 2
 
 
+def tables(cells=37):
+    slopes = torch.rand(cells) + 0.5
+    return slopes, plif.offsets_of(slopes, 3.0)
+
+
+SCALE = torch.tensor(2.0**40, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "classes, threads, parts", [(4096, 32, 1), (4097, 256, 1), (16385, 256, 2)]
+)
+def test_chosen_kernels_of_plif(classes, threads, parts):
+    """Warps or blocks by the bytes of a row, and parts where long rows are few: sums are of all."""
+    logits, target = 2 * torch.randn(2, classes).bfloat16(), torch.tensor([0, classes - 1])
+    slopes, offsets = tables()
+    emulated_cuda.launched()
+    saved = emulated_cuda.plif_ce_fwd(logits, target, None, slopes, offsets, 3.0, 0.1)[2:]
+    rest = (logits, target, *saved, None, slopes, offsets, 3.0, 0.1, SCALE)
+    found = emulated_cuda.plif_ce_bwd(torch.ones(2), None, *rest)
+    names = emulated_cuda.launched()
+    assert [re.search(r", (\d+)>", name)[1] for name in names] == [str(threads)] * 2
+    rows = emulated_cuda.Rows(None, 2, classes, 1, classes, 0)
+    arguments = emulated_cuda.PlifCeBackward(logits=rows, dtype=1)
+    assert emulated_cuda.outside_parts(arguments) == 2 * parts
+    expected = eager.plif_ce_bwd(torch.ones(2), None, *rest)
+    for ours, theirs in zip(found, expected, strict=True):
+        # as in test_plif.py: the gradient of a row is off by some units of its 2
+        step = theirs.double().abs().max() if theirs.is_floating_point() else SCALE
+        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6 * step)
+
+
+@pytest.mark.parametrize("begins", [(0, 0), (1, 0), (0, 3)])
+def test_elements_of_plif_begin_anywhere(begins):
+    """In memory: neither of the two, x or dy, at 16 bytes changes a bit."""
+    given = [torch.randn(2101).bfloat16() for _ in range(2)]
+    moved = [torch.cat([t[:begin], t])[begin:] for t, begin in zip(given, begins, strict=True)]
+    slopes, offsets = tables()
+    (x, dy), (there, above) = given, moved
+    found = emulated_cuda.plif_fwd(there, slopes, offsets, 3.0)
+    assert torch.equal(found, emulated_cuda.plif_fwd(x, slopes, offsets, 3.0))
+    expected = emulated_cuda.plif_bwd(dy, x, slopes, 3.0, SCALE)
+    for ours, theirs in zip(
+        emulated_cuda.plif_bwd(above, there, slopes, 3.0, SCALE), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "rows, classes, k",
     [(2**31, 5, 2), (1, 5, 6), (1, 5, 0), (1, 2**31 - 1, 5), (1, 2**30 + 2, 2**30 + 1)],
@@ -162,6 +210,32 @@ def test_sizes_out_of_range_are_refused_by_cosine(rows, width, dtype):
     given = (emulated_cuda.Rows(None, rows, width, 1, width, 0), dtype)
     assert_refused(emulated_cuda.CosineForward(*given))
     assert_refused(emulated_cuda.CosineBackward(None, *given))
+
+
+@pytest.mark.parametrize(
+    "rows, classes, cells, bound",
+    [
+        (2**31, 5, 9, 3.0),
+        (1, 2**31, 9, 3.0),
+        (1, 5, 0, 3.0),
+        (1, 5, 2**24 + 1, 3.0),
+        (1, 5, 9, 0.0),
+    ],
+)
+def test_sizes_out_of_range_are_refused_by_plif(rows, classes, cells, bound):
+    f = emulated_cuda.Plif(None, cells, bound)
+    row = emulated_cuda.Rows(None, rows, classes, 1, classes, 0)
+    assert_refused(emulated_cuda.PlifCeForward(f, row))
+    assert_refused(emulated_cuda.PlifCeBackward(f, None, None, row))
+    if (rows, classes) == (1, 5):
+        assert_refused(emulated_cuda.PlifForward(f, elements=5))
+        assert_refused(emulated_cuda.PlifBackward(f, elements=5))
+
+
+def test_more_elements_of_plif_than_a_grid_has_are_refused():
+    f, too_many = emulated_cuda.Plif(None, 9, 3.0), 2**31 * 1024
+    assert_refused(emulated_cuda.PlifForward(f, elements=too_many))
+    assert_refused(emulated_cuda.PlifBackward(f, elements=too_many))
 
 
 def assert_refused(arguments):

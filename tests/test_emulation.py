@@ -6,7 +6,7 @@ import re
 import emulation
 import pytest
 
-RIGHT = ("reverse", "indices", "warps", "atomics", "neighbours")
+RIGHT = ("reverse", "indices", "warps", "atomics", "wide_atomics", "neighbours")
 
 _READ_TOO_EARLY = (
     r"race: reads values\[\d+\], which thread \d+ wrote, and no barrier lies between them$"

@@ -1,9 +1,7 @@
 // The operators of stem plif on CPU tensors. Contract: python/sparse_ce/schema.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -20,33 +18,8 @@
 namespace sparse_ce {
 namespace {
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
 // About 16 Ki exponentials per task.
 int64_t grain(int64_t classes) { return std::max<int64_t>(1, 16384 / classes); }
-
-// A line lies in one place of the cache: slope beside offset.
-Tensor lines_of(const Tensor& slopes, const Tensor& offsets) {
-  TORCH_CHECK(slopes.dim() == 1 && slopes.size(0) > 0 && slopes.sizes() == offsets.sizes(),
-              "slopes: expected (K,) beside offsets of the same shape, got ", slopes.sizes(),
-              " and ", offsets.sizes());
-  return at::stack({slopes, offsets}, -1);
-}
-
-cpu::Rows rows_of_logits(const Tensor& logits) {
-  check_logits(logits);
-  auto rows = rows_of<cpu::Rows>(logits);
-  rows.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
-  return rows;
-}
-
-cpu::Plif plif_of(const Tensor& lines, const Tensor& x, double bound) {
-  TORCH_CHECK((lines.scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble) &&
-                  (lines.scalar_type() == at::kDouble || lines.scalar_type() == at::kFloat),
-              "slopes: expected float32, float64 beside float64 alone, got ", lines.scalar_type(),
-              " beside ", x.scalar_type());
-  return {lines.const_data_ptr(), lines.size(0), bound};
-}
 
 // Runs `part(sums, begin, end)` over the rows, and adds up what it found in cells and outside.
 template <class Part>
@@ -75,30 +48,19 @@ std::tuple<Tensor, Tensor> sums_over(int64_t rows, int64_t grain, int64_t cells,
 }
 
 Tensor plif_fwd(const Tensor& x, const Tensor& slopes, const Tensor& offsets, double bound) {
-  TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
-  const Tensor lines = lines_of(slopes, offsets), y = at::empty_like(x);
-  const cpu::PlifForward arguments{plif_of(lines, x, bound), x.const_data_ptr(),
-                                   dtype_of<cpu::Dtype>(x.scalar_type()), y.data_ptr()};
+  const Tensor lines = lines_of(slopes, offsets, x), y = at::empty_like(x);
+  const auto arguments = plif_forward_arguments<cpu::PlifForward>(lines, bound, x, y);
   const auto forward = cpu::isa().plif_forward;
   at::parallel_for(0, x.numel(), 16384,
                    [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
   return y;
 }
 
-Gradients plif_bwd(const Tensor& dy, const Tensor& x, const Tensor& slopes, double bound,
-                   const std::optional<Tensor>& scale) {
-  TORCH_CHECK(x.is_contiguous() && dy.is_contiguous() && dy.sizes() == x.sizes() &&
-                  dy.scalar_type() == x.scalar_type(),
-              "dy: expected a contiguous tensor as x, got ", dy.scalar_type(), dy.sizes(),
-              " beside ", x.scalar_type(), x.sizes());
-  const Tensor lines = lines_of(slopes, slopes),
+PlifGradients plif_bwd(const Tensor& dy, const Tensor& x, const Tensor& slopes, double bound,
+                       const std::optional<Tensor>& scale) {
+  const Tensor lines = lines_of(slopes, slopes, x),
                dx = cpu::empty_gradient(x.sizes(), x.scalar_type());
-  const cpu::PlifBackward arguments{plif_of(lines, x, bound),
-                                    dy.const_data_ptr(),
-                                    x.const_data_ptr(),
-                                    dtype_of<cpu::Dtype>(x.scalar_type()),
-                                    x.numel(),
-                                    dx.data_ptr()};
+  const auto arguments = plif_backward_arguments<cpu::PlifBackward>(lines, bound, dy, x, dx);
   const auto backward = cpu::isa().plif_backward;
   const int64_t pieces = (x.numel() + cpu::kPlifPiece - 1) / cpu::kPlifPiece;
   // a thread brings sums of its own: it should have more to add to them than they are
@@ -108,47 +70,32 @@ Gradients plif_bwd(const Tensor& dy, const Tensor& x, const Tensor& slopes, doub
   return {dx, cells, outside};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plif_ce_fwd(const Tensor& logits, const Tensor& target,
-                                                       const std::optional<Tensor>& weight,
-                                                       const Tensor& slopes, const Tensor& offsets,
-                                                       double bound, double label_smoothing) {
-  const auto shape = logits.sizes().slice(0, logits.dim() - 1);
-  const Tensor lines = lines_of(slopes, offsets), loss = at::empty(shape, slopes.options()),
-               lse = at::empty_like(loss), row_max = at::empty_like(loss),
-               log_sum = at::empty_like(loss);
-  const cpu::PlifCeForward arguments{plif_of(lines, logits, bound),
-                                     rows_of_logits(logits),
-                                     target.const_data_ptr<int64_t>(),
-                                     pointer(weight),
-                                     label_smoothing,
-                                     loss.data_ptr(),
-                                     lse.data_ptr(),
-                                     row_max.data_ptr(),
-                                     log_sum.data_ptr()};
+Outputs plif_ce_fwd(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                    const Tensor& slopes, const Tensor& offsets, double bound,
+                    double label_smoothing) {
+  const Tensor lines = lines_of(slopes, offsets, logits);
+  const Outputs outputs = empty_plif_ce_outputs(logits);
+  auto arguments = plif_ce_forward_arguments<cpu::PlifCeForward>(lines, bound, logits, target,
+                                                                 weight, label_smoothing, outputs);
+  arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto forward = cpu::isa().plif_ce_forward;
   at::parallel_for(0, target.numel(), grain(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
-  return {loss, lse, row_max, log_sum};
+  return outputs;
 }
 
-Gradients plif_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
-                      const Tensor& logits, const Tensor& target, const Tensor& row_max,
-                      const Tensor& log_sum, const std::optional<Tensor>& weight,
-                      const Tensor& slopes, const Tensor& offsets, double bound,
-                      double label_smoothing, const std::optional<Tensor>& scale) {
-  const Tensor lines = lines_of(slopes, offsets),
+PlifGradients plif_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
+                          const Tensor& logits, const Tensor& target, const Tensor& row_max,
+                          const Tensor& log_sum, const std::optional<Tensor>& weight,
+                          const Tensor& slopes, const Tensor& offsets, double bound,
+                          double label_smoothing, const std::optional<Tensor>& scale) {
+  const Tensor lines = lines_of(slopes, offsets, logits),
                dlogits = cpu::empty_gradient(logits.sizes(), logits.scalar_type());
   const auto dloss_rows = contiguous(dloss), dlse_rows = contiguous(dlse);
-  const cpu::PlifCeBackward arguments{plif_of(lines, logits, bound),
-                                      pointer(dloss_rows),
-                                      pointer(dlse_rows),
-                                      rows_of_logits(logits),
-                                      target.const_data_ptr<int64_t>(),
-                                      row_max.const_data_ptr(),
-                                      log_sum.const_data_ptr(),
-                                      pointer(weight),
-                                      label_smoothing,
-                                      dlogits.data_ptr()};
+  auto arguments = plif_ce_backward_arguments<cpu::PlifCeBackward>(
+      lines, bound, dloss_rows, dlse_rows, logits, target, row_max, log_sum, weight,
+      label_smoothing, dlogits);
+  arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto backward = cpu::isa().plif_ce_backward;
   const auto [cells, outside] =
       sums_over(target.numel(), grain(logits.size(-1)), slopes.size(0), scale,

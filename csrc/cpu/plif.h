@@ -24,6 +24,7 @@ struct PlifForward {
   Plif f;
   const void* x;
   Dtype dtype;
+  int64_t elements;
   void* y;  // as x
 };
 

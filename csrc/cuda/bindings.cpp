@@ -3,8 +3,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sort.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
@@ -12,9 +15,11 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "cosine.h"
 #include "glue.h"
+#include "plif.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
@@ -170,6 +175,85 @@ Tensor sparse_linear_dweight(const Tensor& coefficients, const Tensor& classes,
   return dweight;
 }
 
+// The sum of the class weights, where a kernel wants it.
+std::optional<Tensor> sum_of(const std::optional<Tensor>& weight, double label_smoothing) {
+  if (!weight || label_smoothing == 0) return std::nullopt;
+  return at::sum(*weight);
+}
+
+// Zeros for the cells; what lies outside, by parts, is not filled yet.
+template <class Backward> std::tuple<Tensor, Tensor> add_sums(Backward& arguments,
+                                                              const std::optional<Tensor>& scale,
+                                                              const Tensor& slopes) {
+  const Tensor cells =
+      at::zeros({scale ? slopes.size(0) : 0, 2}, slopes.options().dtype(at::kLong));
+  const Tensor outside = at::empty({scale ? cuda::outside_parts(arguments) : 0, 2},
+                                   slopes.options().dtype(at::kDouble));
+  if (scale)
+    arguments.sums = {scale->const_data_ptr<double>(), cells.mutable_data_ptr<int64_t>(),
+                      outside.mutable_data_ptr<double>()};
+  return {cells, outside};
+}
+
+Tensor plif_fwd(const Tensor& x, const Tensor& slopes, const Tensor& offsets, double bound) {
+  const c10::DeviceGuard guard(x.device());
+  const Tensor lines = lines_of(slopes, offsets, x), y = at::empty_like(x);
+  const auto arguments = plif_forward_arguments<cuda::PlifForward>(lines, bound, x, y);
+  check_launch(cuda::forward(arguments, current_stream(x.device())), x.numel(), " elements and ",
+               slopes.size(0), " cells");
+  return y;
+}
+
+PlifGradients plif_bwd(const Tensor& dy, const Tensor& x, const Tensor& slopes, double bound,
+                       const std::optional<Tensor>& scale) {
+  const c10::DeviceGuard guard(x.device());
+  const Tensor lines = lines_of(slopes, slopes, x), dx = at::empty_like(x);
+  auto arguments = plif_backward_arguments<cuda::PlifBackward>(lines, bound, dy, x, dx);
+  const auto [cells, outside] = add_sums(arguments, scale, slopes);
+  check_launch(cuda::backward(arguments, current_stream(x.device())), x.numel(), " elements and ",
+               slopes.size(0), " cells");
+  return {dx, cells, outside.sum(0)};
+}
+
+Outputs plif_ce_fwd(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                    const Tensor& slopes, const Tensor& offsets, double bound,
+                    double label_smoothing) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor lines = lines_of(slopes, offsets, logits);
+  const Outputs outputs = empty_plif_ce_outputs(logits);
+  const auto weights = sum_of(weight, label_smoothing);
+  auto arguments = plif_ce_forward_arguments<cuda::PlifCeForward>(lines, bound, logits, target,
+                                                                  weight, label_smoothing, outputs);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = target.numel();
+  arguments.weights = pointer(weights);
+  check_launch(cuda::forward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes and ", slopes.size(0), " cells");
+  return outputs;
+}
+
+PlifGradients plif_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
+                          const Tensor& logits, const Tensor& target, const Tensor& row_max,
+                          const Tensor& log_sum, const std::optional<Tensor>& weight,
+                          const Tensor& slopes, const Tensor& offsets, double bound,
+                          double label_smoothing, const std::optional<Tensor>& scale) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor lines = lines_of(slopes, offsets, logits),
+               dlogits = at::empty(logits.sizes(), logits.options());
+  const auto dloss_rows = contiguous(dloss), dlse_rows = contiguous(dlse),
+             weights = sum_of(weight, label_smoothing);
+  auto arguments = plif_ce_backward_arguments<cuda::PlifCeBackward>(
+      lines, bound, dloss_rows, dlse_rows, logits, target, row_max, log_sum, weight,
+      label_smoothing, dlogits);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = target.numel();
+  arguments.weights = pointer(weights);
+  const auto [cells, outside] = add_sums(arguments, scale, slopes);
+  check_launch(cuda::backward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes and ", slopes.size(0), " cells");
+  return {dlogits, cells, outside.sum(0)};
+}
+
 CosineOutputs cosine_fwd(const Tensor& output, const Tensor& target, const Tensor& embedding,
                          bool normalize) {
   const c10::DeviceGuard guard(output.device());
@@ -205,6 +289,10 @@ TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
   m.impl("topk_ce_bwd", sparse_ce::topk_ce_bwd);
   m.impl("threshold_ce_fwd", sparse_ce::threshold_ce_fwd);
   m.impl("threshold_ce_bwd", sparse_ce::threshold_ce_bwd);
+  m.impl("plif_fwd", sparse_ce::plif_fwd);
+  m.impl("plif_bwd", sparse_ce::plif_bwd);
+  m.impl("plif_ce_fwd", sparse_ce::plif_ce_fwd);
+  m.impl("plif_ce_bwd", sparse_ce::plif_ce_bwd);
   m.impl("sparse_linear_buffer", sparse_ce::sparse_linear_buffer);
   m.impl("sparse_linear_dhidden", sparse_ce::sparse_linear_dhidden);
   m.impl("sparse_linear_dweight", sparse_ce::sparse_linear_dweight);

@@ -144,6 +144,19 @@ template <class T, int N> __device__ __forceinline__ Chunk<T, N> packed(const T 
   return chunk;
 }
 
+// 8 or 16 bytes that no kernel writes to: such loads need not wait for stores and atomics before them.
+template <class V> __device__ __forceinline__ V load_constant(const V* from) {
+  PTX(using Raw = typename std::conditional<sizeof(V) == 16, uint4, uint2>::type;
+      return bit_cast<V>(__ldg(reinterpret_cast<const Raw*>(from)));)
+  TWIN(return *from;)
+}
+
+// CUDA adds 64 bits without a sign only; the sum has the same bits.
+__device__ __forceinline__ void add_atomically(int64_t* to, int64_t x) {
+  using Bits = unsigned long long;
+  atomicAdd(reinterpret_cast<Bits*>(to), static_cast<Bits>(x));
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int block, cudaStream_t stream,
             Arguments... arguments) {

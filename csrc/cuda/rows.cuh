@@ -99,6 +99,11 @@ __device__ __forceinline__ void fill_zeros(const Group<THREADS>& group, T* row,
   for_each_edge<T>(group, slice, [&](int i) { row[i] = T{}; });
 }
 
+// Rows that a warp has for itself, where longer ones have a block.
+template <class T> bool is_short(int64_t classes) {
+  return classes * static_cast<int64_t>(sizeof(T)) <= 8192;
+}
+
 // Blocks that share a row of a gradient: one, unless a GPU would idle.
 template <class T> unsigned parts_of_gradient(int64_t rows, int64_t classes) {
   const int64_t chunks = classes * static_cast<int64_t>(sizeof(T)) / 16;

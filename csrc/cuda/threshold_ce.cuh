@@ -11,89 +11,14 @@
 // Backward reads the logits and writes the gradient, once each; a row without upstream gradient is not even read.
 #pragma once
 
-#include <limits>
-
 #include "group.cuh"
 #include "order.cuh"
 #include "rows.cuh"
 #include "select.cuh"
+#include "softmax.cuh"
 #include "threshold_ce.h"
 
 namespace sparse_ce::cuda {
-
-// Chunks that a thread loads before it uses the first.
-constexpr int kInFlight = 4;
-
-// What a thread has seen of a row, and what all have: the largest logit, and the sum of exponentials relative to it.
-template <class S> struct Softmax {
-  static constexpr S kLowest = std::numeric_limits<S>::lowest();
-  // finite, so that minus infinity is never subtracted from itself
-  S largest = kLowest;
-  S total = 0;
-
-  __device__ __forceinline__ void rise_to(S above) {
-    total *= exp_nonpositive(largest - above);
-    largest = above;
-  }
-};
-
-template <class T> __device__ __forceinline__ void absorb(Softmax<StatisticOf<T>>& seen,
-                                                          const Chunk<T> (&x)[kInFlight]) {
-  using S = StatisticOf<T>;
-  auto top = x[0].unit[0];
-#pragma unroll
-  for (int c = 0; c < kInFlight; ++c)
-    for (int u = 0; u < Chunk<T>::kUnits; ++u) top = Packed<T>::max(top, x[c].unit[u]);
-  S above = seen.largest;
-  const Chunk<T, sizeof(top) / sizeof(T)> tops{{top}};
-  for (int e = 0; e < tops.kElements; ++e) above = larger(above, number_of(element_of(tops, e)));
-  seen.rise_to(above);
-  S sums[kInFlight];
-#pragma unroll
-  for (int c = 0; c < kInFlight; ++c) {
-    sums[c] = 0;
-    for (int e = 0; e < Chunk<T>::kElements; ++e)
-      sums[c] += exp_nonpositive(number_of(element_of(x[c], e)) - above);
-  }
-  for (int step = 1; step < kInFlight; step *= 2)
-    for (int c = 0; c < kInFlight; c += 2 * step) sums[c] += sums[c + step];
-  seen.total += sums[0];
-}
-
-// Of all classes of the row.
-template <class T, int THREADS>
-__device__ Softmax<StatisticOf<T>> softmax_of(Group<THREADS>& group, const T* row, int classes) {
-  using S = StatisticOf<T>;
-  constexpr int kStep = kInFlight * THREADS;
-  const Whole whole = whole_chunks(row, classes);
-  const auto chunks = reinterpret_cast<const Chunk<T>*>(row + whole.head);
-  Softmax<S> seen;
-  int begin = group.rank;
-#pragma unroll 1
-  for (; begin - group.rank + kStep <= whole.count; begin += kStep) {
-    Chunk<T> x[kInFlight];
-#pragma unroll
-    for (int c = 0; c < kInFlight; ++c) x[c] = chunks[begin + c * THREADS];
-    absorb<T>(seen, x);
-  }
-  if (begin < whole.count) {
-    Chunk<T> x[kInFlight];
-#pragma unroll
-    for (int c = 0; c < kInFlight; ++c)
-      x[c] = begin + c * THREADS < whole.count ? chunks[begin + c * THREADS] : lowest_chunk<T>();
-    absorb<T>(seen, x);
-  }
-  for_each_edge<T>(group, whole, classes, [&](int i) {
-    const S z = number_of(row[i]);
-    seen.rise_to(larger(seen.largest, z));
-    seen.total += exp_nonpositive(z - seen.largest);
-  });
-  seen.rise_to(group.reduce(seen.largest, [](S x, S y) { return larger(x, y); }));
-  seen.total = group.reduce(seen.total, [](S x, S y) { return x + y; });
-  // the exponential of the largest is 1, unless there is none but minus infinity
-  if (seen.total == 0) seen.largest = -kInfinite<S>;
-  return seen;
-}
 
 // The classes that are kept: those not after (key, index) in their order whose distance from the maximum is not below `bound`.
 template <class T> struct Cut {
@@ -278,38 +203,11 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   a.kept[n] = look.kept;
 }
 
-// The whole chunks of a slice of the gradient, from those of the logits.
-template <class T, int THREADS, class Gradient>
-__device__ __forceinline__ void sweep(const Group<THREADS>& group, const Slice& slice, const T* row,
-                                      T* out, Gradient gradient) {
-  constexpr int kElements = Chunk<T>::kElements;
-  // float64 takes twice the registers
-  constexpr int kLoads = sizeof(T) == 8 ? 2 : kInFlight;
-  const auto from = reinterpret_cast<const Chunk<T>*>(row + slice.whole.head);
-  const auto to = reinterpret_cast<Chunk<T>*>(out + slice.whole.head);
-#pragma unroll 1
-  for (int begin = slice.begin + group.rank; begin < slice.end; begin += kLoads * THREADS) {
-    Chunk<T> x[kLoads];
-#pragma unroll
-    for (int c = 0; c < kLoads; ++c)
-      if (begin + c * THREADS < slice.end) x[c] = from[begin + c * THREADS];
-#pragma unroll
-    for (int c = 0; c < kLoads; ++c) {
-      const int chunk = begin + c * THREADS;
-      StatisticOf<T> g[kElements];
-      for (int e = 0; e < kElements; ++e)
-        g[e] = gradient(number_of(element_of(x[c], e)), slice.whole.head + chunk * kElements + e);
-      if (chunk < slice.end) to[chunk] = chunk_of<T>(g);
-    }
-  }
-}
-
 template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock) - 1)
     threshold_backward_kernel(const ThresholdBackward a) {
   using G = Group<THREADS>;
   using S = StatisticOf<T>;
-  constexpr int kElements = Chunk<T>::kElements;
   GROUP_MEMORY(THREADS, group);
   const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
   if (n >= a.logits.count) return;
@@ -348,9 +246,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
     const S g = factor == 0 ? S{0} : probability(number_of(x)) * factor;
     return share == 0 ? g : g - share * (weight ? weight[i] : S{1});
   };
-  // whole chunks of the gradient are whole chunks of the logits, unless a view of them begins elsewhere
-  const bool plain = bit_cast<uintptr_t>(row) % 16 == bit_cast<uintptr_t>(out) % 16 &&
-                     factor != 0 && (share == 0 || !weight) && cut_value == cut_value;
+  const bool plain =
+      begin_alike(row, out) && factor != 0 && (share == 0 || !weight) && cut_value == cut_value;
   if (factor == 0 && share == 0) {
     fill_zeros(group, out, slice);
   } else {
@@ -362,12 +259,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
         return is_kept(z, i, cut_value, cut.index) ? g : S{0};
       });
     else
-      for (int chunk = slice.begin + group.rank; chunk < slice.end; chunk += THREADS) {
-        const int first = slice.whole.head + chunk * kElements;
-        S g[kElements];
-        for (int e = 0; e < kElements; ++e) g[e] = gradient(first + e);
-        *reinterpret_cast<Chunk<T>*>(out + first) = chunk_of<T>(g);
-      }
+      sweep(group, slice, out, gradient);
     for_each_edge<T>(group, slice, [&](int i) { out[i] = Order<T>::element(gradient(i)); });
   }
   // the gradient of the softmax lies before that of the target
@@ -379,7 +271,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 template <class T> cudaError_t forward_rows(const ThresholdForward& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.logits.count);
   if (a.k < a.logits.classes) launch(threshold_select_kernel<T, 1024>, dim3(rows), 1024, stream, a);
-  if (a.logits.classes * static_cast<int64_t>(sizeof(T)) <= 8192)
+  if (is_short<T>(a.logits.classes))
     launch(threshold_forward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
   else
     launch(threshold_forward_kernel<T, 256>, dim3(rows), 256, stream, a);
@@ -388,7 +280,7 @@ template <class T> cudaError_t forward_rows(const ThresholdForward& a, cudaStrea
 
 template <class T> cudaError_t backward_rows(const ThresholdBackward& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.logits.count);
-  if (a.logits.classes * static_cast<int64_t>(sizeof(T)) <= 8192)
+  if (is_short<T>(a.logits.classes))
     launch(threshold_backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
   else
     launch(threshold_backward_kernel<T, 256>,

@@ -526,7 +526,7 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
 
 template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.count);
-  if (a.classes * static_cast<int64_t>(sizeof(T)) <= 8192) {
+  if (is_short<T>(a.classes)) {
     launch(backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
     return cudaGetLastError();
   }

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cosine.h"
+#include "plif.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
@@ -54,5 +55,19 @@ extern "C" const char* cosine_forward(const CosineForward* a) {
   return error_of([&] { return forward(*a, nullptr); });
 }
 extern "C" const char* cosine_backward(const CosineBackward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
+}
+extern "C" int64_t plif_outside_parts(const PlifBackward* a) { return outside_parts(*a); }
+extern "C" int64_t plif_ce_outside_parts(const PlifCeBackward* a) { return outside_parts(*a); }
+extern "C" const char* plif_forward(const PlifForward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* plif_backward(const PlifBackward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
+}
+extern "C" const char* plif_ce_forward(const PlifCeForward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* plif_ce_backward(const PlifCeBackward* a) {
   return error_of([&] { return backward(*a, nullptr); });
 }

@@ -1,6 +1,7 @@
 // Kernels that are right, and kernels that are wrong in one way each, for test_emulation.py.
 #include <emulation.h>
 
+#include <cstring>
 #include <exception>
 #include <map>
 #include <string>
@@ -47,6 +48,11 @@ __global__ void atomics(int* out) {
   out[atomicAdd(count + 0, 1)] += 1;
   __syncthreads();
   if (threadIdx.x == 0) out[kThreads] = count[0];
+}
+
+// As the sums of plif: negative numbers are large ones without a sign.
+__global__ void wide_atomics(int* out) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(out), static_cast<unsigned long long>(-3));
 }
 
 __global__ void neighbours(int* out) {
@@ -234,6 +240,13 @@ const std::map<std::string, std::function<void()>> kCases = {
        const auto out = run(atomics, 1);
        for (int i = 0; i < kThreads; ++i) expect(out[i] == 1);
        expect(out[kThreads] == kThreads);
+     }},
+    {"wide_atomics",
+     [] {
+       const auto out = run(wide_atomics, 1);
+       int64_t sum;
+       std::memcpy(&sum, out.data(), sizeof(sum));
+       expect(sum == -3 * kThreads);
      }},
     {"neighbours",
      [] {

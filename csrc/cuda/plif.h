@@ -1,0 +1,84 @@
+// The CUDA kernels of plif on raw pointers and a stream. No torch headers, and none of CUDA's kernel language: what the
+// glue, a C++ program or an IDE sees.
+#pragma once
+
+#include "rows.h"
+
+namespace sparse_ce::cuda {
+
+// f(x) = slope x + offset in each of the cells that share [-bound, bound]. S is float, or double for f64 data.
+struct Plif {
+  const void* lines;  // (cells, 2) S: slope, offset; 16-byte aligned
+  int64_t cells;      // at most 2^24
+  double bound;
+};
+
+// What the gradient of the slopes is made of.
+struct PlifSums {
+  const double* scale;  // () or null, where nobody needs them
+  int64_t* cells;       // (cells, 2), added to
+  double* outside;      // (outside_parts, 2), of each part left of -bound and right of bound
+};
+
+// f, element by element.
+struct PlifForward {
+  Plif f;
+  const void* x;
+  Dtype dtype;
+  int64_t elements;
+  void* y;  // as x
+};
+
+struct PlifBackward {
+  Plif f;
+  const void* dy;  // as x
+  const void* x;
+  Dtype dtype;
+  int64_t elements;
+  void* dx;  // as x
+  PlifSums sums;
+};
+
+// The dense softmax of f(logits). Statistics are float, or double for f64 logits.
+struct PlifCeForward {
+  Plif f;
+  Rows logits;
+  Dtype dtype;
+  const int64_t* target;  // (N)
+  const void* weight;     // (classes) or null
+  const void* weights;    // (), the sum of weight; or null, without weight or label smoothing
+  double label_smoothing;
+  void* loss;     // (N)
+  void* lse;      // (N)
+  void* row_max;  // (N)
+  void* log_sum;  // (N)
+};
+
+struct PlifCeBackward {
+  Plif f;
+  const void* dloss;  // (N) or null
+  const void* dlse;   // (N) or null
+  Rows logits;
+  Dtype dtype;
+  const int64_t* target;  // (N)
+  const void* row_max;    // (N)
+  const void* log_sum;    // (N)
+  const void* weight;     // (classes) or null
+  const void* weights;    // (), the sum of weight; or null, without weight or label smoothing
+  double label_smoothing;
+  void* dlogits;  // (N, classes) of the dtype of the logits
+  PlifSums sums;
+};
+
+// Of the arguments, all but the pointers are looked at.
+int64_t outside_parts(const PlifBackward& arguments);
+int64_t outside_parts(const PlifCeBackward& arguments);
+
+// All return before the kernels have run; what they return is the error of the launch, cudaErrorInvalidValue for sizes that
+// are out of range.
+cudaError_t forward(const PlifForward& arguments, cudaStream_t stream);
+cudaError_t backward(const PlifBackward& arguments, cudaStream_t stream);
+cudaError_t forward(const PlifCeForward& arguments, cudaStream_t stream);
+cudaError_t backward(const PlifCeBackward& arguments, cudaStream_t stream);
+
+}  // namespace sparse_ce::cuda

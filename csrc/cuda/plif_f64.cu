@@ -1,0 +1,8 @@
+#include "plif.cuh"
+
+namespace sparse_ce::cuda {
+template cudaError_t forward_rows<double>(const PlifForward&, cudaStream_t);
+template cudaError_t backward_rows<double>(const PlifBackward&, cudaStream_t);
+template cudaError_t forward_rows<double>(const PlifCeForward&, cudaStream_t);
+template cudaError_t backward_rows<double>(const PlifCeBackward&, cudaStream_t);
+}  // namespace sparse_ce::cuda
