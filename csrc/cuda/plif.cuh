@@ -247,7 +247,12 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
     fill_zeros(group, out, slice);
   } else {
     if (begin_alike(row, out))
-      sweep_chunks<2>(group, slice, row, out, turn);
+      sweep_chunks<2>(group, slice, row, out,
+                      [&](const Chunk<T>& chunk, auto& x, int first, bool exist) {
+                        for (int e = 0; e < Chunk<T>::kElements; ++e)
+                          x[e] = number_of(element_of(chunk, e));
+                        turn(x, first, exist);
+                      });
     else
       sweep(group, slice, out, gradient);
     for_each_edge<T>(group, slice, [&](int i) { out[i] = Order<T>::element(gradient(i)); });

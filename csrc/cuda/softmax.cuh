@@ -95,8 +95,8 @@ template <class T> __device__ __forceinline__ bool begin_alike(const T* row, con
   return bit_cast<uintptr_t>(row) % 16 == bit_cast<uintptr_t>(out) % 16;
 }
 
-// The whole chunks of a slice of the gradient, from those of the logits, LOADS at a time: turn(logits, first class, whether there is
-// such a chunk) makes gradients of them.
+// The whole chunks of a slice of the gradient, from those of the logits, LOADS at a time: turn(chunk, gradients, first class, whether
+// there is such a chunk).
 template <int LOADS, class T, int THREADS, class Turn>
 __device__ __forceinline__ void sweep_chunks(const Group<THREADS>& group, const Slice& slice,
                                              const T* row, T* out, Turn turn) {
@@ -113,8 +113,7 @@ __device__ __forceinline__ void sweep_chunks(const Group<THREADS>& group, const 
     for (int c = 0; c < LOADS; ++c) {
       const int chunk = begin + c * THREADS;
       StatisticOf<T> g[kElements];
-      for (int e = 0; e < kElements; ++e) g[e] = number_of(element_of(x[c], e));
-      turn(g, slice.whole.head + chunk * kElements, chunk < slice.end);
+      turn(x[c], g, slice.whole.head + chunk * kElements, chunk < slice.end);
       if (chunk < slice.end) to[chunk] = chunk_of<T>(g);
     }
   }
@@ -125,11 +124,11 @@ template <class T, int THREADS, class Gradient>
 __device__ __forceinline__ void sweep(const Group<THREADS>& group, const Slice& slice, const T* row,
                                       T* out, Gradient gradient) {
   // float64 takes twice the registers
-  sweep_chunks<sizeof(T) == 8 ? 2 : kInFlight>(group, slice, row, out,
-                                               [&](auto& x, int first, bool) {
-                                                 for (int e = 0; e < Chunk<T>::kElements; ++e)
-                                                   x[e] = gradient(x[e], first + e);
-                                               });
+  sweep_chunks<sizeof(T) == 8 ? 2 : kInFlight>(
+      group, slice, row, out, [&](const auto& x, auto& g, int first, bool) {
+        for (int e = 0; e < Chunk<T>::kElements; ++e)
+          g[e] = gradient(number_of(element_of(x, e)), first + e);
+      });
 }
 
 // The same from gradient(class).
