@@ -1,6 +1,6 @@
 """Adaptive sparse softmax on the glyph task: classes that have been learnt drop out.
 
-    python examples/adaptive_glyphs.py            # about 14 minutes on two quiet cores
+    python examples/adaptive_glyphs.py            # about eight minutes on two quiet cores
     python examples/adaptive_glyphs.py --quick    # a smoke run
 
 Data, network and augmentation are those of classify_glyphs.py. For each of several seeds, from the
