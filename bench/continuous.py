@@ -6,20 +6,17 @@ the target in a frozen table of V = 400000. The rivals multiply by (V, 512) and 
 another loss, and the one whose cost continuous outputs are there to avoid. Peak memory is what a
 step allocates on top of parameters and table.
 
-Ours is first checked against float64; then the providers take turns. "cross_entropy" needs some
-four times N * V * 4 bytes, 26 GB at N = 4096: where the machine does not have them it is left out,
-and "cross_entropy.chunked", N a chunk of tokens at a time with a backward of its own, stands for
-it. Ours runs with a tenth of the table too: its peak must not change.
+How providers are checked, timed and weighed: race.py. Here ours is held against float64.
+"cross_entropy" needs some four times N * V * 4 bytes, 26 GB at N = 4096: where the machine does not
+have them it is left out, and "cross_entropy.chunked", N a chunk of tokens at a time with a backward
+of its own, stands for it. Ours runs with a tenth of the table too: its peak must not change.
 """
 
-import argparse
-import gc
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +24,20 @@ import torch.nn.functional as F
 from sparse_ce import ContinuousOutputHead, backends
 from torch import Tensor, nn
 
-from .run import HERE, environment, peak_memory, spread, stopwatch
+from .race import (
+    Entrant,
+    Report,
+    admit,
+    arguments,
+    chosen,
+    peak_memory,
+    ratios,
+    show,
+    show_ratios,
+    stopwatch,
+    take_turns,
+    unavailable,
+)
 
 CHUNK_TOKENS = 256
 # float32 sums of some hundred products, of terms that may cancel
@@ -114,23 +124,19 @@ PROVIDERS = {
 }
 
 
-def unavailable(name: str, problem: Problem, device: torch.device) -> str | None:
+def missing(name: str, problem: Problem, device: torch.device) -> str | None:
     if name.startswith("sparse_ce."):
-        if name == "sparse_ce.triton" and backends.interpreting():
-            return "Triton's interpreter is not for timing"
-        try:
-            backends.resolve(name.partition(".")[2], device.type, torch.float32, False)
-        except RuntimeError as error:
-            return str(error)
-    if name == "cross_entropy":
-        needed = 4 * problem.tokens * problem.vectors * 4
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        if needed > free:
-            return f"it needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-    return None
+        return unavailable(name.partition(".")[2], device, torch.float32)
+    if name != "cross_entropy":
+        return None
+    needed = 4 * problem.tokens * problem.vectors * 4
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed <= free:
+        return None
+    return f"it needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
 
 def error(case: Case, backend: str) -> float:
@@ -148,84 +154,62 @@ def error(case: Case, backend: str) -> float:
     )
 
 
+def enter(problem: Problem, case: Case, entrant: Entrant) -> dict[str, float]:
+    make = PROVIDERS[entrant.name]
+    step = make(case)
+    entrant.passes = {"step": lambda: step}
+    if not entrant.ours:
+        return {}
+    device = case.hidden.device
+    small = make(Case.of(replace(problem, vectors=problem.vectors // 10), device))
+    entrant.more["peak_bytes_of_a_tenth"] = peak_memory(device, small)
+    return {"loss and gradients": error(case, entrant.name.partition(".")[2]) / ERROR}
+
+
 def measure(
     problem: Problem, device: torch.device, names: Sequence[str], rounds: int
 ) -> dict[str, Any]:
-    case, clock = Case.of(problem, device), stopwatch(device)
-    rows: dict[str, dict[str, Any]] = {}
-    racing: dict[str, Step] = {}
-    for name in names:
-        reason = unavailable(name, problem, device)
-        rows[name] = {"reason": reason, "samples": []}
-        if reason is not None:
-            continue
-        if name.startswith("sparse_ce."):
-            rows[name]["error"] = error(case, name.partition(".")[2])
-            if not rows[name]["error"] <= ERROR:
-                rows[name]["reason"] = f"wrong: relative error {rows[name]['error']:.3g}"
-                continue
-            small = Case.of(replace(problem, vectors=problem.vectors // 10), device)
-            rows[name]["peak_bytes_of_a_tenth"] = peak_memory(device, PROVIDERS[name](small))
-        step = PROVIDERS[name](case)
-        rows[name]["peak_bytes"] = peak_memory(device, step)
-        racing[name] = step
-    gc.collect()
-    for _ in range(rounds):
-        for name, step in racing.items():
-            rows[name]["samples"].append(clock(step))
-    return {"problem": asdict(problem), "providers": rows}
+    case = Case.of(problem, device)
+    entrants = [
+        admit(
+            Entrant(name, ours=name.startswith("sparse_ce.")),
+            device,
+            missing(name, problem, device),
+            partial(enter, problem, case),
+        )
+        for name in names
+    ]
+    racing = take_turns(entrants, stopwatch(device), rounds, seconds=float("inf"))
+    return {
+        "problem": {**asdict(problem), "dtype": "float32"},
+        "providers": [entrant.row() for entrant in entrants],
+        "ratios": ratios(racing),
+    }
 
 
-def show(result: dict[str, Any]) -> None:
-    print("\nN={tokens} hidden={features} V={vectors} D={width} fp32".format(**result["problem"]))
-    print(f"  {'provider':<24}{'ms':>12}{'p20':>12}{'p80':>12}{'peak MB':>10}{'V / 10':>10}")
-    for name, row in result["providers"].items():
-        if row["reason"] is not None:
-            print(f"  {name:<24}{row['reason']}")
-            continue
-        times = "".join(f"{value:12.2f}" for value in spread(row["samples"]).values())
-        tenth = row.get("peak_bytes_of_a_tenth")
-        small = "" if tenth is None else f"{tenth / 1e6:10.1f}"
-        print(f"  {name:<24}{times}{row['peak_bytes'] / 1e6:10.1f}{small}")
-    timed = {name: row["samples"] for name, row in result["providers"].items() if row["samples"]}
-    for name, own in timed.items():
-        for rival, samples in timed.items():
-            if name.startswith("sparse_ce.") and not rival.startswith("sparse_ce."):
-                points = spread([b / a for a, b in zip(own, samples, strict=True)])
-                print(f"  {rival} / {name}:", "{median:.0f} ({p20:.0f}-{p80:.0f})".format(**points))
+def of_a_tenth(row: dict[str, Any], found: dict[str, Any]) -> str:
+    peak = row.get("peak_bytes_of_a_tenth")
+    return "" if peak is None else f"{peak / 1e6:.1f}"
+
+
+def display(result: dict[str, Any]) -> None:
+    print(
+        "\nN={tokens} hidden={features} V={vectors} D={width} {dtype}".format(**result["problem"])
+    )
+    show(result["providers"], {"V / 10": of_a_tenth})
+    show_ratios(result["ratios"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "bench.continuous",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--shape", nargs=4, type=int, metavar=("N", "HIDDEN", "V", "D"))
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--provider", nargs="+", metavar="PART", help="those with PART in their name")
-    add("--threads", type=int, default=2, help="of the CPU (2)")
-    add("--repeats", type=int, default=3, help="rounds (3)")
-    add("--json", nargs="?", const="", metavar="PATH", help="default: in bench/results")
+    parser = arguments("bench.continuous", __doc__)
+    parser.add_argument("--shape", nargs=4, type=int, metavar=("N", "HIDDEN", "V", "D"))
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        torch.set_num_threads(options.threads)
-    about = environment(device)
-    print(json.dumps(about, indent=1))
+    report = Report("continuous", options)
     problem = Problem(*options.shape) if options.shape else Problem()
-    names = [n for n in PROVIDERS if any(part in n for part in options.provider or [""])]
-    result = measure(problem, device, names, options.repeats)
-    show(result)
-    if options.json is not None:
-        path = Path(
-            options.json or HERE / "results" / f"continuous-{device.type}-{about['date']}.json"
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"environment": about, **result}, indent=1) + "\n")
-    wrong = [n for n, row in result["providers"].items() if "wrong" in (row["reason"] or "")]
-    return 1 if wrong else 0
+    names = [name for name in PROVIDERS if chosen(name, options.provider)]
+    report.add(measure(problem, report.device, names, options.repeats or 3))
+    display(report.results[-1])
+    return report.exit_status()
 
 
 if __name__ == "__main__":

@@ -5,21 +5,17 @@ the same step without it and beside tensor operations: cells by arithmetic, line
 F.cross_entropy. Two goals: on the k largest at most 1.1 times the step without, over all classes at
 least three times as fast as the tensor operations, with O(N) + O(K) saved.
 
-Ours with the function are first checked against float64 on rows of the problem that is timed:
-their errors of the loss, of dlogits and of dw as a whole may be twice those of the tensor
-operations. Then the providers take turns, as in bench.run; ratios are formed within a round.
-"saved" counts what autograd keeps from forward to backward besides the logits themselves.
+How providers are checked, timed and weighed: race.py. Here ours with the function are held against
+float64 on rows of the problem that is timed: a tolerance is twice the error of the tensor
+operations, of the loss, and of dlogits and of dw as a whole. "saved" counts what autograd keeps
+from forward to backward besides the logits themselves.
 """
 
-import argparse
-import gc
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +23,22 @@ import torch.nn.functional as F
 from sparse_ce import MonotonicPLIF, backends, fused_sparse_ce
 from torch import Tensor
 
-from .problems import DTYPES
-from .run import GPU_ROUNDS, HERE, LEAST_ROUNDS, environment, peak_memory, spread, stopwatch
+from .race import (
+    DTYPES,
+    GPU_ROUNDS,
+    Entrant,
+    Report,
+    admit,
+    arguments,
+    chosen,
+    passes_of,
+    ratio,
+    show,
+    show_ratios,
+    stopwatch,
+    take_turns,
+)
 
-PASSES = ("forward", "forward+backward", "backward")
 CHECKED_ROWS = 16
 
 
@@ -89,12 +97,12 @@ PROVIDERS: dict[str, tuple[Loss, bool, Loss | None]] = {
     "dense.plif": (partial(_ours, True, True), True, _dense_composition),
     "dense.composition": (_dense_composition, False, _dense_composition),
 }
-# what the goals compare: numerator, denominator
+# what the goals compare: how many times as long the second takes
 RATIOS = (
-    ("topk.plif", "topk"),
-    ("topk.composition", "topk.plif"),
-    ("dense.plif", "dense"),
-    ("dense.composition", "dense.plif"),
+    ("topk", "topk.plif"),
+    ("topk.plif", "topk.composition"),
+    ("dense", "dense.plif"),
+    ("dense.plif", "dense.composition"),
 )
 
 
@@ -137,68 +145,31 @@ class Case:
         }
 
 
-@dataclass
-class Entrant:
-    name: str
-    ours: bool
-    status: str = "ok"
-    reason: str | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    saved: int = 0
-    peak: dict[str, int] = field(default_factory=dict)
-    samples: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
+def saved_bytes(case: Case, train: Callable[[], Tensor]) -> int:
+    sizes: dict[int, int] = {}
 
-    def enter(self, loss: Loss, case: Case) -> None:
-        self.case = case
-        self.train = partial(loss, case.logits, case.target, case.k, case.link)
+    def pack(t: Tensor) -> Tensor:
+        sizes[t.data_ptr()] = t.numel() * t.element_size()
+        return t
 
-    def infer(self) -> Tensor:
-        with torch.no_grad():
-            return self.train()
-
-    def each_pass(self, measure: Callable[[Callable[[], object]], Any]) -> dict[str, Any]:
-        found = {"forward": measure(self.infer)}
-        found["forward+backward"] = measure(lambda: self.train().backward())
-        self.clear()
-        found["backward"] = measure(self.train().backward)
-        self.clear()
-        return found
-
-    def clear(self) -> None:
-        self.case.logits.grad = self.case.link.w.grad = None
-
-    def saved_bytes(self) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            sizes[t.data_ptr()] = t.numel() * t.element_size()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            self.train()
-        return sum(n for at, n in sizes.items() if at != self.case.logits.data_ptr())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        train()
+    return sum(n for at, n in sizes.items() if at != case.logits.data_ptr())
 
 
-def admit(name: str, case: Case) -> Entrant:
-    loss, ours, plain = PROVIDERS[name]
-    entrant = Entrant(name, ours)
-    try:
-        entrant.enter(loss, case)
-        if plain is not None:
-            truth = case.gradients(plain, double=True)
-            allowed = case.errors(plain, truth)
-            entrant.errors = case.errors(loss, truth)
-            for part, error in entrant.errors.items():
-                if not error <= 2 * allowed[part] + 1e-6:
-                    entrant.status = "wrong"
-                    entrant.reason = f"{part}: error {error:.3g}, plain {allowed[part]:.3g}"
-                    break
-        entrant.saved = entrant.saved_bytes()
-        entrant.peak = entrant.each_pass(partial(peak_memory, case.logits.device))
-    except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        entrant.status, entrant.reason = "error", f"{type(error).__name__}: {first_line}"
-    return entrant
+def enter(case: Case, entrant: Entrant) -> dict[str, float]:
+    loss, _, plain = PROVIDERS[entrant.name]
+    train = partial(loss, case.logits, case.target, case.k, case.link)
+    entrant.leaves = (case.logits, case.link.w)
+    entrant.passes = passes_of(torch.no_grad()(train), train)
+    entrant.more["saved_bytes"] = saved_bytes(case, train)
+    if plain is None:
+        return {}
+    truth = case.gradients(plain, double=True)
+    allowed = case.errors(plain, truth)
+    errors = case.errors(loss, truth)
+    entrant.more["relative_errors"] = errors
+    return {part: error / (2 * allowed[part] + 1e-6) for part, error in errors.items()}
 
 
 def measure(
@@ -210,106 +181,45 @@ def measure(
     seconds: float,
 ) -> dict[str, Any]:
     case = Case.of(problem, device, dtype)
-    entrants = [admit(name, case) for name in names]
-    racing = [entrant for entrant in entrants if entrant.status == "ok"]
-    clock = stopwatch(device)
-    gc.collect()
-    gc.disable()
-    for turn in range(rounds):
-        first = turn % max(1, len(racing))
-        for entrant in racing[first:] + racing[:first]:
-            spent = sum(map(sum, entrant.samples.values())) / 1e3
-            if turn < LEAST_ROUNDS or spent < seconds:
-                for name, milliseconds in entrant.each_pass(clock).items():
-                    entrant.samples[name].append(milliseconds)
-    gc.enable()
-    samples = {entrant.name: entrant.samples for entrant in racing}
+    entrants = [
+        admit(Entrant(name, PROVIDERS[name][1]), device, None, partial(enter, case))
+        for name in names
+    ]
+    racing = {e.name: e for e in take_turns(entrants, stopwatch(device), rounds, seconds)}
+    found: dict[str, Any] = {}
+    for base, rival in RATIOS:
+        if base in racing and rival in racing:
+            found.setdefault(base, {})[rival] = ratio(racing[base], racing[rival])
     return {
         "problem": {**asdict(problem), "dtype": str(dtype).removeprefix("torch.")},
         "backend": backends.resolve("auto", device.type, dtype, False),
-        "providers": [row(entrant) for entrant in entrants],
-        "ratios": {
-            f"{a} / {b}": {
-                name: spread([x / y for x, y in zip(times, samples[b][name], strict=False)])
-                for name, times in samples[a].items()
-            }
-            for a, b in RATIOS
-            if a in samples and b in samples
-        },
+        "providers": [entrant.row() for entrant in entrants],
+        "ratios": found,
     }
 
 
-def row(entrant: Entrant) -> dict[str, Any]:
-    return {
-        "provider": entrant.name,
-        "ours": entrant.ours,
-        "status": entrant.status,
-        "reason": entrant.reason,
-        "relative_errors": entrant.errors,
-        "saved_bytes": entrant.saved,
-        "passes": {
-            name: {**spread(times), "peak_bytes": entrant.peak[name], "samples": times}
-            for name, times in entrant.samples.items()
-            if times
-        },
-    }
-
-
-def show(result: dict[str, Any]) -> None:
+def display(result: dict[str, Any]) -> None:
     problem = "N={rows} V={classes} k={k} K={cells} {dtype}".format(**result["problem"])
     print(f"\n{problem}, backend {result['backend']}")
-    columns = f"{'ms':>10}{'p20':>10}{'p80':>10}{'peak MB':>10}{'saved MB':>10}"
-    print(f"  {'provider':<19}{'pass':<17}{columns}")
-    for found in result["providers"]:
-        head = f"  {found['provider']:<19}"
-        if found["status"] != "ok":
-            print(f"{head}{found['status']}: {found['reason']}")
-        for name, p in found["passes"].items():
-            times = "".join(f"{p[key]:10.2f}" for key in ("median", "p20", "p80"))
-            memory = f"{p['peak_bytes'] / 1e6:10.1f}{found['saved_bytes'] / 1e6:10.2f}"
-            print(f"{head}{name:<17}{times}{memory}")
-            head = " " * len(head)
-    for pair, found in result["ratios"].items():
-        points = "{} {median:.2f} ({p20:.2f}-{p80:.2f})".format
-        print(f"  {pair}:", ", ".join(points(name, **s) for name, s in found.items()))
+    show(result["providers"], {"saved MB": lambda row, found: f"{row['saved_bytes'] / 1e6:.2f}"})
+    show_ratios(result["ratios"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "bench.plif", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments("bench.plif", __doc__, dtypes=("bf16", "fp32"))
     add = parser.add_argument
     add("--shape", nargs=4, type=int, action="append", metavar=("N", "V", "K", "CELLS"))
-    add("--dtype", choices=DTYPES, nargs="+", default=["bf16", "fp32"])
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--provider", choices=PROVIDERS, nargs="+", default=list(PROVIDERS))
-    add("--threads", type=int, default=2, help="of the CPU (2)")
-    add("--repeats", type=int, help="rounds (CPU 15, GPU 50)")
     add("--seconds", type=float, default=20, help="after which a provider sits out")
-    add("--json", nargs="?", const="", metavar="PATH", help="default: in bench/results")
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        torch.set_num_threads(options.threads)
-    about = environment(device)
-    print(json.dumps(about, indent=1))
+    report = Report("plif", options)
+    device = report.device
     rounds = options.repeats or (15 if device.type == "cpu" else GPU_ROUNDS)
     problems = [Problem(*shape) for shape in options.shape or ()] or GOALS[device.type]
-    path = Path(options.json or HERE / "results" / f"plif-{device.type}-{about['date']}.json")
-    results = []
-    for problem, dtype in product(problems, options.dtype):
-        found = measure(problem, DTYPES[dtype], device, options.provider, rounds, options.seconds)
-        results.append(found)
-        show(found)
-        if options.json is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"environment": about, "results": results}, indent=1)
-            path.write_text(text + "\n")
-    rows = [row for result in results for row in result["providers"]]
-    fatal = [r for r in rows if r["status"] == "wrong" or (r["ours"] and r["status"] == "error")]
-    for r in fatal:
-        print(f"{r['provider']}: {r['status']}: {r['reason']}", file=sys.stderr)
-    return 1 if fatal else 0
+    names = [name for name in PROVIDERS if chosen(name, options.provider)]
+    for problem, name in product(problems, options.dtype):
+        report.add(measure(problem, DTYPES[name], device, names, rounds, options.seconds))
+        display(report.results[-1])
+    return report.exit_status()
 
 
 if __name__ == "__main__":

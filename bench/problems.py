@@ -10,13 +10,6 @@ import torch
 from sparse_ce import backends
 from torch import Tensor
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
-
 # On a GPU a pass over less than this does not show its bandwidth.
 _GPU_BYTES = 2e9
 

@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from sparse_ce import adaptive_sparse_ce, backends, fused_sparse_ce
 from torch import Tensor
 
 from .problems import DELTA
+from .race import unavailable
 
 Forward = Callable[[], Tensor]
 
@@ -36,17 +38,8 @@ def _ours(backend: str, loss: str = "top-k") -> Provider:
         kept = k if loss == "top-k" else None
         return lambda: fused_sparse_ce(logits, target, kept, backend=backend)
 
-    def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-        if backend == "triton" and backends.interpreting():
-            return "Triton's interpreter is not for timing"
-        try:
-            backends.resolve(backend, device.type, dtype, False)
-        except RuntimeError as error:
-            return str(error)
-        return None
-
     name = f"sparse_ce.{backend}" if loss == "top-k" else f"sparse_ce.{backend}.{loss}"
-    return Provider(name, make, unavailable, ours=True, loss=loss)
+    return Provider(name, make, partial(unavailable, backend), ours=True, loss=loss)
 
 
 def _loss(logits: Tensor, target: Tensor, k: int) -> Tensor:
@@ -82,7 +75,7 @@ def _quack(logits: Tensor, target: Tensor, k: int) -> Forward:
     return lambda: cross_entropy(logits, target, reduction="mean")
 
 
-def _needs(package: str) -> Callable[[torch.device, torch.dtype], str | None]:
+def needs(package: str) -> Callable[[torch.device, torch.dtype], str | None]:
     def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return "it runs on a GPU only"
@@ -99,8 +92,8 @@ PROVIDERS = (
     Provider("composition", _composition),
     Provider("composition.compiled", _compiled),
     Provider("cross_entropy", _cross_entropy, loss="dense"),
-    Provider("liger", _liger, _needs("liger_kernel"), loss="dense", writes_logits=True),
-    Provider("quack", _quack, _needs("quack"), loss="dense"),
+    Provider("liger", _liger, needs("liger_kernel"), loss="dense", writes_logits=True),
+    Provider("quack", _quack, needs("quack"), loss="dense"),
 )
 
 

@@ -1,7 +1,16 @@
-"""What the examples show while they run."""
+"""What the examples show while they run, and their clock."""
 
 import sys
 import time
+
+import torch
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all work given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Progress:

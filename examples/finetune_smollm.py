@@ -39,13 +39,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from console import Progress
+from console import Progress, now
 from sparse_ce import fused_linear_sparse_ce, fused_sparse_ce
 from torch import Tensor, nn
 
 # the bench, for its measure of memory
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.run import environment, peak_memory  # noqa: E402
+from bench.race import environment, peak_memory  # noqa: E402
 
 KS = (100, 20)
 WINDOW = 512  # tokens that the model sees at a time
@@ -209,12 +209,6 @@ def evaluate(network: Network, windows: Windows) -> dict[str, Any]:
         "mass_in_support": {k: mass[k - 1] for k in KS if k <= len(mass)},
         "targets_in_support": {k: hit[k - 1] for k in KS if k <= len(hit)},
     }
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def head_step(line: Line, network: Network, hidden: Tensor, target: Tensor) -> Tensor:

@@ -40,13 +40,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from console import Progress
+from console import Progress, now
 from sparse_ce import ContinuousOutputHead, MonotonicPLIF, fused_sparse_ce
 from torch import Tensor, nn
 
 # the bench, for its measure of memory
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.run import environment, peak_memory  # noqa: E402
+from bench.race import environment, peak_memory  # noqa: E402
 
 UNK = 0  # the class of all words outside of the vocabulary
 BATCH = 32  # streams of text side by side
@@ -202,12 +202,6 @@ def make_network(line: Line, data: Data, settings: Settings, vectors: Tensor) ->
         link = MonotonicPLIF() if line.name == "plif" else None
         network.head = SoftmaxHead(settings.hidden, data.num_classes, link)
     return network
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def windows_of(stream: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -11,8 +11,9 @@ from sparse_ce import reference
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import continuous, problems, providers, run  # noqa: E402
-from bench.problems import DTYPES, SUITES, Problem  # noqa: E402
+from bench import continuous, linear, plif, problems, providers, race, run  # noqa: E402
+from bench.problems import SUITES, Problem  # noqa: E402
+from bench.race import DTYPES, Entrant  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Problem(rows=12, classes=50, k=5)
@@ -115,7 +116,9 @@ BROKEN = {
 @pytest.mark.parametrize("part", BROKEN)
 def test_what_is_wrong_is_found_in_every_dtype(part, dtype):
     case = TINY.fill(CPU, DTYPES[dtype], "normal")
-    found = run.admit(providers.Provider("broken", BROKEN[part]), case)
+    provider = providers.Provider("broken", BROKEN[part])
+    enter = functools.partial(run.enter, provider, case)
+    found = race.admit(Entrant(provider.name), CPU, None, enter)
     assert found.status == "wrong" and found.reason.startswith("gradient")
     assert found.errors["gradient"] > 1
     assert (found.errors["loss"] > 1) == (part == "loss")
@@ -160,16 +163,28 @@ def test_peak_memory_counts_what_is_held_at_a_time():
         return second * 2
 
     # the third is allocated after the first is freed
-    assert run.peak_memory(CPU, work) == pytest.approx(2 * 8000, abs=256)
+    assert race.peak_memory(CPU, work) == pytest.approx(2 * 8000, abs=256)
 
 
 def test_ratios_pair_the_rounds():
     """Drift that hits both alike leaves no trace; rounds that one sat out do not count."""
-    own, rival = (run.Entrant(row) for row in providers.PROVIDERS[:2])
-    for name in run.PASSES:
-        own.samples[name] = [1.0, 10.0, 3.0, 999.0]
-        rival.samples[name] = [2.0, 20.0, 6.0]
-    assert run.ratio(own, rival)["backward"] == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+    own, rival = Entrant("own"), Entrant("rival")
+    own.samples["backward"] = [1.0, 10.0, 3.0, 999.0]
+    rival.samples["backward"] = [2.0, 20.0, 6.0]
+    assert race.ratio(own, rival)["backward"] == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+
+
+def test_who_takes_turns():
+    """As many rounds as are asked for; after its seconds a slow one sits out; no one wrong."""
+    milliseconds = {"quick": 1.0, "slow": 1500.0, "wrong": 1.0}
+    quick, slow, wrong = (Entrant(name, passes={"step": lambda n=name: n}) for name in milliseconds)
+    wrong.status = "wrong"
+    rounds = []
+    clock, between = milliseconds.get, lambda: rounds.append(1)
+    racing = race.take_turns((quick, slow, wrong), clock, 6, seconds=5, between=between)
+    assert racing == [quick, slow] and len(rounds) == 6
+    assert [len(entrant.samples["step"]) for entrant in racing] == [6, 4]
+    assert not wrong.samples
 
 
 def test_a_run_writes_results_and_a_picture(tmp_path):
@@ -190,7 +205,7 @@ def test_a_run_writes_results_and_a_picture(tmp_path):
         assert (ours["loss"], dense["loss"]) == ("top-k", "dense")
         for found in (ours, dense):
             assert found["status"] == "ok" and max(found["errors_in_tolerances"].values()) <= 1
-            for name, (reads, writes) in run.PASSES.items():
+            for name, (reads, writes) in run.MOVES.items():
                 times = found["passes"][name]
                 assert times["p20_ms"] <= times["median_ms"] <= times["p80_ms"]
                 assert len(times["samples_ms"]) == 3
@@ -213,8 +228,6 @@ def test_a_run_writes_results_and_a_picture(tmp_path):
 
 
 def test_plif_is_checked_and_timed(tmp_path, capsys):
-    from bench import plif
-
     path = tmp_path / "plif.json"
     options = "--shape 32 300 4 50 --repeats 3 --dtype fp32 bf16 --device cpu"
     assert plif.main([*options.split(), "--json", str(path)]) == 0
@@ -222,15 +235,14 @@ def test_plif_is_checked_and_timed(tmp_path, capsys):
         found = {row["provider"]: row for row in result["providers"]}
         assert found.keys() == plif.PROVIDERS.keys()
         assert all(row["status"] == "ok" for row in found.values())
-        assert set(result["ratios"]) == {f"{a} / {b}" for a, b in plif.RATIOS}
+        pairs = {(a, b) for a, rivals in result["ratios"].items() for b in rivals}
+        assert pairs == set(plif.RATIOS)
         # what is saved: some numbers per row and per cell, not per logit
         assert found["dense.plif"]["saved_bytes"] <= 32 * 17 + 50 * 16 + 64
         assert found["dense.composition"]["saved_bytes"] >= 32 * 300 * 8
 
 
 def test_a_wrong_plif_is_not_timed(monkeypatch, capsys):
-    from bench import plif
-
     def shifted(logits, target, k, link):
         return plif._topk_by_index(logits, target, k + 1, link)
 
@@ -241,17 +253,54 @@ def test_a_wrong_plif_is_not_timed(monkeypatch, capsys):
     assert "topk.plif: wrong: loss" in capsys.readouterr().err
 
 
+def test_an_output_layer_is_checked_and_timed(tmp_path, capsys):
+    path = tmp_path / "linear.json"
+    options = "--shape 40 16 300 4 --repeats 3 --device cpu --dtype fp32 bf16 --provider eager"
+    rivals = "linear+composition linear+cross_entropy linear_cross_entropy chunked"
+    assert linear.main([*options.split(), *rivals.split(), "--json", str(path)]) == 0
+    for result in json.loads(path.read_text())["results"]:
+        ours, *others = result["providers"]
+        assert ours["provider"] == "sparse_ce.eager" and len(others) == 4
+        assert result["product_ms"]["median"] > 0
+        for row in (ours, *others):
+            assert row["status"] == "ok" and max(row["errors_in_tolerances"].values()) <= 1
+            assert all(len(found["samples_ms"]) == 3 for found in row["passes"].values())
+        assert result["ratios"]["sparse_ce.eager"].keys() == {row["provider"] for row in others}
+
+
+def test_a_wrong_output_layer_is_not_timed(monkeypatch, capsys):
+    def make(hidden, weight, target, k):
+        # the gradient of weight is another
+        return linear._plain_topk(hidden, weight + weight.detach(), target, k)
+
+    monkeypatch.setattr(linear, "PROVIDERS", (linear.Provider("broken", make),))
+    options = "--shape 40 16 300 4 --repeats 2 --device cpu --dtype fp32"
+    assert linear.main(options.split()) == 1
+    assert "broken: wrong: " in capsys.readouterr().err
+
+
+def test_break_even_times_both_ways(tmp_path, capsys):
+    path = tmp_path / "break-even.json"
+    options = "--break-even --shape 20 8 400 20 --repeats 2 --device cpu --dtype fp32"
+    assert linear.main([*options.split(), "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert [row["k"] for row in result["rows"]] == [1, 2, 6, 12, 26, 49, 99]
+    assert all(min(row["sparse"], row["dense"]) > 0 for row in result["rows"])
+
+
 def test_continuous_outputs_are_checked_and_weighed(tmp_path, capsys):
     path = tmp_path / "tiny.json"
-    options = "--shape 300 16 2000 8 --device cpu --repeats 2 --provider eager cross_entropy"
+    options = "--shape 300 16 2000 8 --device cpu --repeats 2 --provider eager chunked"
     assert continuous.main([*options.split(), "--json", str(path)]) == 0
-    providers_of = json.loads(path.read_text())["providers"]
-    ours, softmax = providers_of["sparse_ce.eager"], providers_of["cross_entropy.chunked"]
-    assert len(ours["samples"]) == len(softmax["samples"]) == 2 and ours["error"] < 1e-6
+    (result,) = json.loads(path.read_text())["results"]
+    ours, softmax = result["providers"]
+    assert (ours["provider"], softmax["provider"]) == ("sparse_ce.eager", "cross_entropy.chunked")
+    peaks = [row["passes"]["step"]["peak_bytes"] for row in (ours, softmax)]
+    assert all(len(row["passes"]["step"]["samples_ms"]) == 2 for row in (ours, softmax))
     # neither table nor number of words; the logits of a chunk, and the gradient of a large weight
-    assert ours["peak_bytes"] == pytest.approx(ours["peak_bytes_of_a_tenth"], rel=0.02)
-    assert softmax["peak_bytes"] > 4 * 256 * 2000 + 4 * 16 * 2000
-    assert "cross_entropy.chunked / sparse_ce.eager:" in capsys.readouterr().out
+    assert peaks[0] == pytest.approx(ours["peak_bytes_of_a_tenth"], rel=0.02)
+    assert peaks[1] > 4 * 256 * 2000 + 4 * 16 * 2000
+    assert "cross_entropy.chunked / sparse_ce.eager: step" in capsys.readouterr().out
 
 
 def test_the_softmaxes_beside_continuous_outputs_agree():
@@ -266,4 +315,4 @@ def test_the_softmaxes_beside_continuous_outputs_agree():
 
 def test_a_softmax_that_does_not_fit_is_left_out():
     problem = continuous.Problem(tokens=10**9)
-    assert "GB are free" in continuous.unavailable("cross_entropy", problem, CPU)
+    assert "GB are free" in continuous.missing("cross_entropy", problem, CPU)
