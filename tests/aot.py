@@ -9,13 +9,14 @@ import argparse
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sass
 import triton
 from sparse_ce.triton_kernels import cosine, plif, sparse_linear, threshold_ce, topk_ce
+from sparse_ce.triton_kernels.rows import warps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -98,7 +99,7 @@ class Case:
         shared = {"HAS_WEIGHT": self.full, "HAS_SMOOTHING": self.full}
         if self.kernel in ("plif_fwd", "plif_bwd"):  # num_classes is the number of elements
             learns = {"LEARNS": True} if self.kernel == "plif_bwd" else {}
-            return {"BLOCK": plif.BLOCK, "num_warps": 4, **learns}
+            return {"BLOCK": plif.BLOCK, **warps(4), **learns}
         if self.kernel in PLIF:
             shared |= {"ALIGNED": self.aligned}
             if self.kernel == "plif_ce_bwd":
@@ -132,7 +133,7 @@ class Case:
         selection = topk_ce.fwd_selection(itemsize, self.num_classes, self.k)
         if self.kernel == "exact":
             return {**topk_ce.exact_options(selection.SORT), "SPLIT": False, **shared}
-        return {**asdict(selection), "ALIGNED": self.aligned, "SPLIT": False, **shared}
+        return {**selection.options(), "ALIGNED": self.aligned, "SPLIT": False, **shared}
 
 
 def tuning_cases() -> list[Case]:
@@ -150,7 +151,7 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
     stem = r"^(plif|threshold|cosine)_"
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
     options = case.options()
-    warps = options.pop("num_warps")
+    launch = {name: options.pop(name) for name in warps(1)}
     signature = {}
     for parameter in kernel.params:
         name = parameter.name
@@ -166,7 +167,7 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import on_device, row_start, row_strides
+from .rows import on_device, row_start, row_strides, warps
 
 BLOCK_N = 4
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -161,7 +161,7 @@ def unit(*numbers: int) -> int:
 def options(unit: int, itemsize: int) -> dict[str, int]:
     # a step of a warp: 32 accesses, of 16 bytes where the unit allows
     block = max(128, 32 * min(unit, 16 // itemsize))
-    return {"UNIT": unit, "BLOCK_N": BLOCK_N, "BLOCK_D": block, "num_warps": BLOCK_N}
+    return {"UNIT": unit, "BLOCK_N": BLOCK_N, "BLOCK_D": block, **warps(BLOCK_N)}
 
 
 def _arguments(

@@ -36,6 +36,7 @@ from .rows import (
     row_start,
     row_strides,
     tile,
+    warps,
 )
 from .threshold_ce import options as ce_options
 
@@ -387,7 +388,7 @@ def plif_fwd(
         with on_device(x):
             _fwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](
                 x, slopes, offsets, y, x.numel(), slopes.shape[0], float(bound),
-                _rate(slopes, bound), BLOCK=BLOCK,
+                _rate(slopes, bound), BLOCK=BLOCK, **warps(4),
             )  # fmt: skip
     return y
 
@@ -406,7 +407,7 @@ def plif_bwd(
         with on_device(x):
             _bwd_kernel[(programs,)](
                 dy, x, slopes, scale, dx, cells, outside, x.numel(), slopes.shape[0], float(bound),
-                _rate(slopes, bound), LEARNS=scale is not None, BLOCK=BLOCK,
+                _rate(slopes, bound), LEARNS=scale is not None, BLOCK=BLOCK, **warps(4),
             )  # fmt: skip
     return dx, cells, outside.sum(0)
 

@@ -67,5 +67,10 @@ def begin_alike(logits: torch.Tensor, dlogits: torch.Tensor) -> bool:
     return all(gap % 16 == 0 for gap in gaps)
 
 
+def warps(number: int) -> dict[str, int]:
+    """Options of a launch. From Triton 3.10 on it must be asked to fuse a * b + c."""
+    return {"num_warps": number, "enable_fp_fusion": True}
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()

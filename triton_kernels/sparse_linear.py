@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import on_device
+from .rows import on_device, warps
 
 # Sorted pairs of a class that are summed apart: at most that many, twice, are left to its program.
 PIECE = 256
@@ -129,7 +129,7 @@ def _dweight_kernel(
 def options(width: int, rows: int) -> dict[str, int]:
     """The configuration for rows of that width, `rows` of them loaded at a time."""
     block = min(1024, max(16, triton.next_power_of_2(width)))
-    return {"BLOCK_M": rows, "BLOCK_D": block, "num_warps": max(1, min(8, block // 128))}
+    return {"BLOCK_M": rows, "BLOCK_D": block, **warps(max(1, min(8, block // 128)))}
 
 
 def sparse_linear_dhidden(

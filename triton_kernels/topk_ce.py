@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 
 from .order import key_value, max_nan, pack, packed_index, packed_key, threshold, value_key
-from .rows import classes_before, edges, is_aligned, on_device, row_start, row_strides
+from .rows import classes_before, edges, is_aligned, on_device, row_start, row_strides, warps
 
 # Below every packed class; above every key.
 LOWEST = tl.constexpr(-(1 << 63))
@@ -466,6 +466,9 @@ class Selection:
     BLOCK: int  # classes read again per step
     num_warps: int
 
+    def options(self) -> dict[str, int]:
+        return {**asdict(self), **warps(self.num_warps)}
+
 
 def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
     """The configuration of _fwd_kernel, or None for a row so short that it is sorted whole."""
@@ -482,12 +485,12 @@ def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
 def sort_options(candidates: int) -> dict[str, int]:
     """The configuration of _sort_kernel for that many candidates."""
     size = max(16, triton.next_power_of_2(candidates))
-    return {"SORT": size, "num_warps": max(1, size // 256)}
+    return {"SORT": size, **warps(max(1, size // 256))}
 
 
 def exact_options(size: int) -> dict[str, int]:
     """The configuration of _exact_kernel for SORT = size."""
-    return {"SORT": size, "BLOCK": max(512, size), "num_warps": 8}
+    return {"SORT": size, "BLOCK": max(512, size), **warps(8)}
 
 
 def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
@@ -496,7 +499,7 @@ def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
         "K2": max(16, triton.next_power_of_2(k)),
         "BLOCK": 512,
         "ALIGNED": num_classes * itemsize % 16 == 0,
-        "num_warps": 4,
+        **warps(4),
     }
 
 
@@ -547,7 +550,7 @@ def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-
     pending = logits.new_empty((rows, parts), dtype=torch.int32)
     lists = logits.new_empty((programs, 2 * exact["BLOCK"]), dtype=torch.int64)
     strides, sizes = row_strides(logits), (part_size, num_classes, k, label_smoothing)
-    options_fwd = {**asdict(selection), "ALIGNED": is_aligned(logits), **options}
+    options_fwd = {**selection.options(), "ALIGNED": is_aligned(logits), **options}
     _fwd_kernel[(rows, parts)](
         *tensors, best, found, pieces, pending, *strides, *sizes, **options_fwd
     )
