@@ -1,7 +1,7 @@
 # make demo   a real classifier with thousands of classes trains, three to four minutes on two cores
-# make finetune   the output layer of a language model with 49,152 classes: 11 minutes on two busy cores
+# make finetune   the output layer of a language model with 49,152 classes: four minutes on two quiet cores
 # make adaptive   adaptive sparse softmax on the classifier of the demo, three seeds: eight minutes on two quiet cores
-# make words   a language model of words, with PLIF and with continuous outputs: 9 minutes on two quiet cores
+# make words   a language model of words, with PLIF and with continuous outputs: 12 minutes on two quiet cores
 # make test   the tests, on the processor and on a GPU where there is one
 #
 # Each sets up what it needs in .venv, once: it uses the torch that $(PYTHON) has, where it has one, and installs $(TORCH)

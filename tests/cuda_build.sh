@@ -2,7 +2,7 @@
 # Compiles the CUDA kernels for one architecture and links them with the glue into a package of its own, against the torch
 # of $1: a python that has torch and pytest. A GPU is not needed, nor a CUDA build of torch.
 set -euo pipefail
-python=$(realpath -s "$1")
+python=$(realpath -s "$(command -v "$1")")
 cd "$(dirname "$0")/.."
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
 SPARSE_CE_CPU=1 SPARSE_CE_CUDA=1 "$python" setup.py -q build --build-base build-cuda

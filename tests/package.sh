@@ -2,7 +2,7 @@
 # Installs what a user installs and uses it: the sdist, with plain `pip install` (a build environment of pip's own), with a
 # C++ compiler and without one. $1: a python that has torch.
 set -euo pipefail
-python=$(realpath -s "$1")
+python=$(realpath -s "$(command -v "$1")")
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

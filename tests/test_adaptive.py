@@ -89,6 +89,24 @@ def test_edges(subject, filler):
 
 
 @pytest.mark.interpreter
+def test_what_equals_the_target_stays_whatever_the_rounding(subject):
+    """At delta = 0 the bound is the target itself, by way of a logarithm and an exponential."""
+    rows = 16 if subjects.INTERPRETING else 500
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(rows, 40)
+    logits[:, 1] = logits[:, 0]
+    target = torch.zeros(rows, dtype=torch.int64)
+    outputs = threshold(subject, logits, target, 0.0)
+    assert torch.equal(outputs[6].cpu().long(), (logits >= logits[:, :1]).sum(-1))
+    dloss, moved = torch.ones(rows).to(subject.device), logits.to(subject.device)
+    dlogits = ops.threshold_ce_bwd(
+        dloss, None, moved, target.to(subject.device), *outputs[2:], None, 0.0, subject.backend
+    )
+    # the probabilities of what is kept add up to 1, which the target takes away
+    assert dlogits.sum(-1).abs().max() < 40 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.interpreter
 def test_no_hit_keeps_all(subject):
     logits = cases.logits("peaked", 3, 203, torch.float32)
     outputs = threshold(subject, logits, torch.tensor([-100, 203, 2**32]), 0.1)
@@ -243,6 +261,8 @@ def test_accumulation_repairs():
         ({"target": torch.zeros(3, 4), "label_smoothing": 0.1}, ValueError, "label_smoothing: exp"),
         ({"target": torch.zeros(3, 4), "return_support": True}, ValueError, "return_support: exp"),
         ({"target": torch.zeros(3, 4), "weight": torch.ones(4)}, ValueError, "weight: expected"),
+        ({"target": torch.zeros(3, 4), "backend": "cpu"}, ValueError, "backend: expected 'auto'"),
+        ({"target": torch.full((3, 4), 0.3)}, ValueError, "target: expected 0 and 1 alone"),
         ({"target": torch.zeros(3, 4).requires_grad_()}, ValueError, "target: expected a tensor"),
         ({"target": torch.tensor([0, 1, 4])}, IndexError, "target: expected classes in"),
         ({"reduction": "max"}, ValueError, "reduction: expected one of"),
@@ -257,7 +277,8 @@ def test_errors(changes, error, message):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"scale": 0.0}, ValueError, "scale: expected scale > 0, got 0.0"),
+        ({"scale": 0.0}, ValueError, "scale: expected 0 < scale, finite, got 0.0"),
+        ({"scale": float("inf")}, ValueError, "scale: expected 0 < scale, finite, got inf"),
         ({"scale": "1"}, TypeError, "scale: expected a float, got str"),
         ({"max_steps": 0}, ValueError, "max_steps: expected max_steps >= 1, got 0"),
         ({"max_steps": 1.5}, TypeError, "max_steps: expected an int, got float"),

@@ -122,8 +122,16 @@ ERRORS = {
         r"expected an int or None \(the dense softmax\), got float",
     ),
     "k bool": (lambda: loss(k=True), TypeError, "expected an int or None .*, got bool"),
-    "k None": (lambda: softmax(k=None), TypeError, "expected an int, got NoneType"),
-    "k tensor": (lambda: softmax(k=torch.tensor(2)), TypeError, "expected an int, got Tensor"),
+    "k tensor": (
+        lambda: softmax(k=torch.tensor(2)),
+        TypeError,
+        "expected an int or None .*, got Tensor",
+    ),
+    "backend that cannot run, though torch.softmax could": (
+        lambda: softmax(k=5, backend="cuda"),
+        RuntimeError,
+        "expected .*cuda",
+    ),
     "weight no tensor": (
         lambda: loss(weight=[1.0] * 5),
         TypeError,
@@ -253,7 +261,17 @@ ERRORS = {
     "temperature of a module": (
         lambda: SparseCrossEntropyLoss(2, temperature=2.0),
         TypeError,
-        "expected one of the options ignore_index, .*, got 'temperature'",
+        "expected one of the options weight, link, ignore_index, .*, got 'temperature'",
+    ),
+    "weight of a module": (
+        lambda: SparseCrossEntropyLoss(2, weight=[1.0, 2.0]),
+        TypeError,
+        "expected a torch.Tensor or None, got list",
+    ),
+    "link of a module": (
+        lambda: SparseCrossEntropyLoss(2, link=3),
+        TypeError,
+        "expected a MonotonicPLIF or None, got int",
     ),
     "k of a module": (lambda: SparseCrossEntropyLoss(0), ValueError, "expected 1 <= k, got 0"),
     "reduction of a module": (
@@ -356,7 +374,7 @@ ERRORS = {
     "label_smoothing of a head": (
         lambda: head(label_smoothing=0.1),
         TypeError,
-        "expected one of the options ignore_index, reduction, backend, got 'label_smoothing'",
+        "expected one of the options distance, .*, reduction, backend, got 'label_smoothing'",
     ),
     "unk type": (lambda: head(unk="<unk>"), TypeError, "expected an int or None, got str"),
     "unk range": (

@@ -564,6 +564,23 @@ def test_vectors_instead_of_targets(ignore_index):
     assert torch.equal(mixed, expected)
 
 
+def test_no_vectors_and_one_row():
+    layer, hidden = head()
+    none = layer(hidden[:, :0], target_vectors=torch.randn(2, 0, 9))
+    assert none == 0
+    none.backward()
+    target = torch.tensor([[0, 7, -100], [36, 9, 7]])
+    assert torch.equal(layer(hidden, target, torch.empty(0, 9)), layer(hidden, target))
+    vector = torch.randn(9)
+    one = layer(hidden[0, 0], target_vectors=vector)
+    cosine = F.cosine_similarity(layer.projection(hidden[0, 0]), vector, dim=-1)
+    torch.testing.assert_close(one, 1 - cosine, rtol=0, atol=8 * EPS)
+    with pytest.raises(
+        ValueError, match="^target_vectors: expected a tensor without requires_grad"
+    ):
+        layer(hidden, target_vectors=torch.randn(2, 3, 9).requires_grad_())
+
+
 @pytest.mark.parametrize("k", [1, 5, 36, VECTORS, 99])
 @pytest.mark.parametrize("block_bytes", [1, 700, 1 << 20])
 def test_nearest_vectors(subject, k, block_bytes):

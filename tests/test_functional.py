@@ -382,7 +382,7 @@ def test_sparse_softmax_is_the_softmax_of_the_support(subject, dtype, dim):
     truth.assert_gradient(ours.movedim(dim, -1), dlse=torch.ones(moved.shape[:-1]))
 
 
-@pytest.mark.parametrize("k", [4, 9])
+@pytest.mark.parametrize("k", [4, 9, None])
 def test_sparse_softmax_with_all_classes_is_softmax(subject, k):
     logits = cases.logits("random", 3, 4, torch.float32).to(subject.device)
     assert torch.equal(

@@ -165,13 +165,14 @@ def test_compiled_equals_eager(subject, compiler, k, reduction):
         )
 
     compiled = torch.compile(function, fullgraph=True, backend=compiler)
-    logits = cases.logits("random", 6, 37, torch.bfloat16).to(subject.device)
-    target = torch.tensor([3, 36, -100, 0, 7, 1], device=subject.device)
+    logits = cases.logits("random", 9, 37, torch.bfloat16).to(subject.device)
+    # eight count: on a GPU the compiler divides by another number with an error of its own
+    target = torch.tensor([3, 36, -100, 0, 7, 1, 5, 9, 2], device=subject.device)
     expected_loss, expected_gradient = loss_and_gradient(function, logits, target)
     loss, gradient = loss_and_gradient(compiled, logits, target)
     assert torch.equal(gradient, expected_gradient)
-    # inductor may add the six losses in another order: five roundings of half an ulp on either side
-    order = 0 if reduction == "none" else 5 * torch.finfo(torch.float32).eps
+    # inductor may add the eight losses in another order: seven roundings of half an ulp a side
+    order = 0 if reduction == "none" else 7 * torch.finfo(torch.float32).eps
     assert torch.allclose(loss, expected_loss, rtol=order, atol=0)
 
 

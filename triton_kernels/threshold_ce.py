@@ -40,6 +40,7 @@ from .rows import (
     row_start,
     row_strides,
     tile,
+    warps,
 )
 
 # What a look keeps.
@@ -260,7 +261,8 @@ def _fwd_kernel(
         log_all = tl.log(total)
         rest = tl.exp(shifted_y - log_all) - delta
         near = hit & (rest > 0)
-        bound = tl.where(near, log_all + tl.log(rest), bound)
+        # whatever the rounding, what equals the target stays
+        bound = tl.where(near, tl.minimum(log_all + tl.log(rest), shifted_y), bound)
         if not HAS_SMOOTHING:
             # what keeps all classes has been seen already
             chunks = tl.where(near, chunks, 0)
@@ -434,7 +436,7 @@ def options(itemsize: int, num_classes: int) -> dict[str, int]:
     them.
     """
     lanes = min(256, max(32, triton.next_power_of_2(num_classes * itemsize // 32)))
-    return {"LANES": lanes, "num_warps": lanes // 32}
+    return {"LANES": lanes, **warps(lanes // 32)}
 
 
 def keep_of(k: int, num_classes: int, delta: float) -> int:

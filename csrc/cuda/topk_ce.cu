@@ -15,7 +15,7 @@ extern template cudaError_t backward_rows<double>(const Backward&, cudaStream_t)
 
 namespace {
 
-constexpr int64_t kMaxK = 1 << 30;
+constexpr int64_t kMaxK = 1 << 29;
 
 bool possible(int64_t rows, int64_t classes, int64_t k) {
   return in_range(rows, classes) && 1 <= k && k <= classes && k <= kMaxK;

@@ -10,7 +10,7 @@ namespace sparse_ce::cuda {
 struct Forward {
   Rows logits;
   Dtype dtype;
-  int64_t k;              // 1 <= k <= classes, at most 2^30
+  int64_t k;              // 1 <= k <= classes, at most 2^29
   const int64_t* target;  // (N)
   const void* weight;     // (classes) or null
   double label_smoothing;

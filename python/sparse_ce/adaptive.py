@@ -86,7 +86,7 @@ def adaptive_sparse_ce(
         delta: the margin of probability, in [0, 1].
         weight, ignore_index, label_smoothing, reduction, backend: as in ``fused_sparse_ce``;
             smoothing spreads over the kept classes. With several labels per row only reduction:
-            the first three must be left as they are.
+            the others must be left as they are.
         return_support: also return the ``AdaptiveSupport``. Not with several labels per row.
 
     Returns:
@@ -101,7 +101,9 @@ def adaptive_sparse_ce(
     checks.reduction(reduction)
     checks.backend(backend)
     if isinstance(target, Tensor) and target.shape == logits.shape and logits.dim() > 0:
-        checks.labels(target, logits, weight, ignore_index, label_smoothing, return_support)
+        checks.labels(
+            target, logits, weight, ignore_index, label_smoothing, return_support, backend
+        )
         return _of_several_labels(logits, target, delta, reduction)
     checks.target(target, logits)
     checks.weight(weight, logits)

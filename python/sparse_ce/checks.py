@@ -18,8 +18,9 @@ REDUCTIONS = ("mean", "sum", "none")
 def _no_dtensor(name: str, value: object) -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
-            f"{name}: expected a plain torch.Tensor, got a DTensor; classes sharded over "
-            "ranks need vocab_parallel_sparse_ce, else pass the local tensor, to_local()"
+            f"{name}: expected a plain torch.Tensor, got a DTensor; of rows sharded over ranks "
+            "pass the local tensor, to_local(); classes sharded over ranks need "
+            "vocab_parallel_sparse_ce, which this version does not have"
         )
 
 
@@ -53,7 +54,11 @@ def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
     rows = logits.shape[:-1]
     if value.shape != rows:
         message = f"target: expected shape {tuple(rows)}, got {tuple(value.shape)}"
-        if logits.dim() >= 3 and value.shape == (logits.shape[0], *logits.shape[2:]):
+        if (
+            beside == "logits"
+            and logits.dim() >= 3
+            and value.shape == (logits.shape[0], *logits.shape[2:])
+        ):
             message += (
                 "; these shapes fit the (N, C, d1, ...) layout of F.cross_entropy, here the "
                 "classes come last: pass logits.movedim(1, -1)"
@@ -63,7 +68,7 @@ def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
 
 def target_range(value: Tensor, num_classes: int, ignore_index: int) -> None:
     """A class out of range is an IndexError where looking costs no synchronisation: on the CPU, or
-    with SPARSE_CE_DEBUG=1.
+    with SPARSE_CE_DEBUG=1 on a GPU.
 
     Elsewhere, and in a compiled graph, such a row's loss is NaN and its gradient zero.
     """
@@ -153,11 +158,12 @@ def plif_input(value: Tensor, w: Tensor) -> None:
         raise ValueError(f"x: expected the device of w, {w.device}, got {value.device}")
 
 
-def link(value: nn.Module, kind: type[nn.Module], logits: Tensor) -> None:
+def link(value: object, kind: type[nn.Module], logits: Tensor | None = None) -> None:
+    """`logits` where they are known."""
     if not isinstance(value, kind):
         raise TypeError(f"link: expected a {kind.__name__} or None, got {type(value).__name__}")
     device = next(value.parameters()).device
-    if device != logits.device:
+    if logits is not None and device != logits.device:
         raise ValueError(f"link: expected the device of logits, {logits.device}, got {device}")
 
 
@@ -181,8 +187,8 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
                 f"{name}: expected float64 beside float64 and nowhere else, got {value.dtype} "
                 f"beside {hidden.dtype}"
             )
-    if hidden.dim() == 0:
-        raise ValueError("hidden: expected shape (..., D), got ()")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected shape (..., D) with D >= 1, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected shape (V, {hidden.shape[-1]}) with V >= 1, got {tuple(weight.shape)}"
@@ -234,6 +240,7 @@ def labels(
     ignore_index: int,
     label_smoothing: float,
     return_support: bool,
+    backend: str,
 ) -> None:
     """Several labels per row: a target of the shape of the logits, and the options that it has."""
     _no_dtensor("target", value)
@@ -243,6 +250,14 @@ def labels(
         )
     if value.requires_grad:
         raise ValueError("target: expected a tensor without requires_grad, got one with it")
+    if backend not in ("auto", "eager"):
+        raise ValueError(
+            "backend: expected 'auto' or 'eager' where target has the shape of logits, several "
+            f"labels per row, which are tensor operations, got {backend!r}"
+        )
+    on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and value.dtype != torch.bool and not bool(((value == 0) | (value == 1)).all()):
+        raise ValueError("target: expected 0 and 1 alone where it has the shape of logits")
     for name, given, default in (
         ("weight", weight, None),
         ("ignore_index", ignore_index, -100),
@@ -259,8 +274,8 @@ def labels(
 def accumulation(scale: float, max_steps: int) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
-    if not scale > 0:
-        raise ValueError(f"scale: expected scale > 0, got {scale}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: expected 0 < scale, finite, got {scale}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int):
         raise TypeError(f"max_steps: expected an int, got {type(max_steps).__name__}")
     if max_steps < 1:
@@ -295,10 +310,15 @@ def schedule(num_classes: int, k: int, warmup_steps: int, anneal_steps: int) -> 
             raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
 
 
-def options(value: dict[str, object], linear: bool = False) -> None:
+def options(
+    value: dict[str, object], weight_name: str, weight: Tensor | None, linear: bool = False
+) -> None:
     """The keyword options that a module passes on to fused_sparse_ce, or to fused_linear_sparse_ce,
-    checked where the module is made.
+    and its weight of the classes, checked where the module is made.
     """
+    if weight is not None and not isinstance(weight, Tensor):
+        kind = type(weight).__name__
+        raise TypeError(f"{weight_name}: expected a torch.Tensor or None, got {kind}")
     known: dict[str, Callable[..., None]] = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
@@ -308,13 +328,17 @@ def options(value: dict[str, object], linear: bool = False) -> None:
     }
     if linear:
         known |= {"weight_grad": weight_grad, "backward": backward, "chunk_bytes": chunk_bytes}
-    _options(value, known)
+    _options(value, known, (weight_name,) if linear else (weight_name, "link"))
 
 
-def _options(value: dict[str, object], known: dict[str, Callable[..., None]]) -> None:
+def _options(
+    value: dict[str, object], known: dict[str, Callable[..., None]], beside: tuple[str, ...]
+) -> None:
+    """`beside` are options that a module has by name."""
     for name, option in value.items():
         if name not in known:
-            raise TypeError(f"{name}: expected one of the options {', '.join(known)}, got {name!r}")
+            names = ", ".join((*beside, *known))
+            raise TypeError(f"{name}: expected one of the options {names}, got {name!r}")
         known[name](option)
 
 
@@ -324,13 +348,14 @@ def output(value: Tensor) -> None:
         raise ValueError(f"output: expected shape (..., D) with D >= 1, got {tuple(value.shape)}")
 
 
-def table(name: str, value: Tensor, output: Tensor | None = None) -> None:
+def table(name: str, value: Tensor, output: Tensor | None = None, least: int = 1) -> None:
     """Vectors that targets name, beside the output that is compared with them."""
     _vectors(name, value)
     width = "D" if output is None else output.shape[-1]
-    if value.dim() != 2 or 0 in value.shape or width not in ("D", value.shape[1]):
+    fits = value.dim() == 2 and value.shape[0] >= least and value.shape[1] > 0
+    if not fits or width not in ("D", value.shape[1]):
         raise ValueError(
-            f"{name}: expected shape (V, {width}) with V >= 1, got {tuple(value.shape)}"
+            f"{name}: expected shape (V, {width}) with V >= {least}, got {tuple(value.shape)}"
         )
     if value.requires_grad:
         raise ValueError(
@@ -379,7 +404,7 @@ def unk(value: int | None, embedding: Tensor, ignore_index: int) -> None:
 
 
 def row_vectors(value: Tensor | None, output: Tensor) -> Tensor:
-    """The vectors that a head is given instead of a target."""
+    """The vectors (..., D) that a head is given instead of a target, as a table (N, D)."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"target_vectors: expected a torch.Tensor where target is None, "
@@ -390,7 +415,9 @@ def row_vectors(value: Tensor | None, output: Tensor) -> Tensor:
             f"target_vectors: expected shape {tuple(output.shape)}, a vector for each row, where "
             f"target is None, got {tuple(value.shape)}"
         )
-    return value
+    vectors = value.reshape(-1, value.shape[-1])
+    table("target_vectors", vectors, output, least=0)
+    return vectors
 
 
 def continuous_options(value: dict[str, object]) -> None:
@@ -400,4 +427,4 @@ def continuous_options(value: dict[str, object]) -> None:
         "reduction": reduction,
         "backend": backend,
     }
-    _options(value, known)
+    _options(value, known, ("distance", "unk", "table_device", "bias", "device", "dtype"))

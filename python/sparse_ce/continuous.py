@@ -33,7 +33,9 @@ def continuous_output_loss(
     ``-(e / |e| - cos output / |output|) / |output|`` is orthogonal to the output and does not see
     the length of ``e``; "l2" is ``|output - e|**2 / 2``. The gather, the distance and its gradient
     are one pass over the N pairs of vectors; saved are the output by reference and two numbers per
-    row. Source: Li et al., arXiv 1902.11269; the paper's loss is this one less 1.
+    row, and the vectors of the targets where they had to be gathered: where the table is on another
+    device, or ``target_vectors`` are given. Source: Li et al., arXiv 1902.11269; the paper's loss
+    is this one less 1.
 
     Args:
         output: (..., D) float32, bfloat16, float16 or float64, any strides. Never written to.
@@ -42,7 +44,7 @@ def continuous_output_loss(
             On the device of output, or on the CPU: then only the rows of the batch travel, which
             waits for the targets.
         distance: "cosine" or "l2".
-        target_vectors: (M, D), vectors of words that the table lacks: target V + j names
+        target_vectors: (M, D), M >= 0, vectors of words that the table lacks: target V + j names
             ``target_vectors[j]``.
         ignore_index: rows with this target have loss 0 and gradient 0, even where they are NaN.
         reduction: "mean" over the rows that are not ignored (0 when all are), "sum" or "none".
@@ -57,7 +59,8 @@ def continuous_output_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: on the CPU, a target outside [0, V + M). On a GPU and in a compiled graph the
-            loss of that row is NaN and its gradient 0; ``SPARSE_CE_DEBUG=1`` looks there too.
+            loss of that row is NaN and its gradient 0; ``SPARSE_CE_DEBUG=1`` looks and raises on a
+            GPU too, outside of compiled graphs.
         RuntimeError: the named backend cannot run here; the message says why.
     """
     checks.output(output)
@@ -65,8 +68,9 @@ def continuous_output_loss(
     checks.table("embedding", embedding, output)
     known = embedding.shape[0]
     if target_vectors is not None:
-        checks.table("target_vectors", target_vectors, output)
+        checks.table("target_vectors", target_vectors, output, least=0)
         known += target_vectors.shape[0]
+        target_vectors = target_vectors if target_vectors.shape[0] else None
     checks.distance(distance)
     checks.ignore_index(ignore_index)
     checks.reduction(reduction)

@@ -141,12 +141,14 @@ def _kept(z: Tensor, cut: Tensor, cut_index: Tensor) -> Tensor:
 
 def _bound(z: Tensor, row_max: Tensor, hit: Tensor, z_y: Tensor, delta: float) -> Tensor:
     """(N): kept is what is not below it, of z - row_max: log(p_y - delta) on all classes, or -inf.
+    Whatever the rounding it is not above the target: what equals it stays.
 
     Source: Lv et al., Adaptive Sparse Softmax, arXiv 2508.03175.
     """
     log_sum = (z - row_max.unsqueeze(-1)).exp().sum(-1).log()
     rest = (z_y - row_max - log_sum).exp() - delta
-    return torch.where(hit & (rest > 0), log_sum + rest.log(), -torch.inf)
+    bound = torch.minimum(log_sum + rest.log(), z_y - row_max)
+    return torch.where(hit & (rest > 0), bound, -torch.inf)
 
 
 def threshold_ce_fwd(

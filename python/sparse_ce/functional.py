@@ -108,7 +108,8 @@ def fused_sparse_ce(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: on the CPU, a target outside [0, V). On a GPU and in a compiled graph the loss
-            of that row is NaN and its gradient 0; ``SPARSE_CE_DEBUG=1`` looks and raises there too.
+            of that row is NaN and its gradient 0; ``SPARSE_CE_DEBUG=1`` looks and raises on a
+            GPU too, outside of compiled graphs.
         RuntimeError: the named backend cannot run here; the message says why.
     """
     checks.logits(logits)
@@ -170,7 +171,9 @@ def reduce(
     return loss.sum() / torch.where(counted > 0, share, torch.ones_like(share))
 
 
-def sparse_softmax(logits: Tensor, k: int, dim: int = -1, *, backend: str = "auto") -> Tensor:
+def sparse_softmax(
+    logits: Tensor, k: int | None, dim: int = -1, *, backend: str = "auto"
+) -> Tensor:
     """Softmax over the k largest entries along ``dim``, exact zeros elsewhere; differentiable.
 
     The k kept entries are those of the largest (value, then smallest index). Source: Sun et al.,
@@ -179,7 +182,7 @@ def sparse_softmax(logits: Tensor, k: int, dim: int = -1, *, backend: str = "aut
 
     Args:
         logits: float32, bfloat16, float16 or float64, any shape and strides.
-        k: how many entries to keep; ``k >= logits.shape[dim]`` is ``torch.softmax``.
+        k: how many entries to keep; None or ``k >= logits.shape[dim]`` is ``torch.softmax``.
         dim: the dimension that sums to one.
         backend: "auto", "triton", "cuda", "cpu" or "eager".
 
@@ -187,7 +190,7 @@ def sparse_softmax(logits: Tensor, k: int, dim: int = -1, *, backend: str = "aut
         A tensor of the shape and dtype of ``logits``.
     """
     checks.logits(logits)
-    checks.k(k, optional=False)
+    checks.k(k)
     checks.dim(dim, logits)
     checks.backend(backend)
     moved = logits.movedim(dim, -1)
@@ -196,10 +199,12 @@ def sparse_softmax(logits: Tensor, k: int, dim: int = -1, *, backend: str = "aut
         raise ValueError(
             f"logits: expected at least one entry along dim={dim}, got shape {tuple(logits.shape)}"
         )
-    if k >= num_classes:
+    k = num_classes if k is None else min(k, num_classes)
+    listed = k < num_classes
+    name = backends.resolve(backend, logits.device.type, logits.dtype, listed and is_large(k))
+    if not listed:
         return torch.softmax(logits, dim)
     rows = as_rows(moved)
-    name = backends.resolve(backend, logits.device.type, logits.dtype, is_large(k))
     no_target = rows.new_full(rows.shape[:-1], -1, dtype=torch.int64)
     _, lse, indices, probs = ops.topk_ce_fwd(rows, no_target, None, k, 0.0, name)
     dense: Tensor = ops.topk_ce_bwd(

@@ -99,9 +99,16 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
     return forward
 
 
+def _idle(*upstream: Tensor | None) -> Tensor:
+    """(N) bool: rows without an upstream gradient. Their gradient is 0, be they NaN themselves."""
+    found = [d == 0 if d.dim() == 1 else (d == 0).all(-1) for d in upstream if d is not None]
+    return torch.stack(found).all(0)
+
+
 def _gradients(
     hidden: Tensor,
     weight: Tensor,
+    idle: Tensor,
     dtype: torch.dtype,
     needed: list[bool],
     chunks: Iterator[tuple[slice, Tensor]],
@@ -117,7 +124,7 @@ def _gradients(
             dhidden[part] = dlogits @ wide
         if needed[1]:
             # sums over chunks in float32: only the product of one chunk is rounded
-            dweight += dlogits.t() @ right[part]
+            dweight += dlogits.t() @ right[part].masked_fill(idle[part].unsqueeze(-1), 0)
         if needed[2]:
             dbias += dlogits.sum(0, dtype=statistics)
     return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
@@ -165,7 +172,7 @@ def _topk_backward(
                     label_smoothing, num_classes, dtype,
                 )  # fmt: skip
 
-        return _gradients(hidden, weight, dtype, needed, chunks())
+        return _gradients(hidden, weight, _idle(dloss, dlse, dprobs), dtype, needed, chunks())
     g, classes = ops.coefficients(
         dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing, num_classes
     )
@@ -214,7 +221,7 @@ def _threshold_backward(
             statistics = (t[part] for t in (row_max, log_sum, cut, cut_index, classes_kept))
             yield part, bwd(a, b, z, target[part], *statistics, class_weight, label_smoothing)
 
-    return _gradients(hidden, weight, dtype, needed, chunks())
+    return _gradients(hidden, weight, _idle(dloss, dlse), dtype, needed, chunks())
 
 
 # Registration: what runs, its shapes, its derivatives.
@@ -345,10 +352,15 @@ class _RowSparse(torch.autograd.Function):
                 dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
                 weight.shape[0],
             )  # fmt: skip
-            touched, places = torch.unique(classes, return_inverse=True)
+            # what has no gradient touches nothing: it goes to a row beyond the last, left out below
+            touched, places = torch.unique(
+                classes.masked_fill(g == 0, weight.shape[0]), return_inverse=True
+            )
             rows = ops.sparse_linear_dweight(
                 g, places.int(), hidden, touched.shape[0], weight.dtype, backend
             )
+            touched = touched[touched < weight.shape[0]]
+            rows = rows[: touched.shape[0]]
             found[1] = torch.sparse_coo_tensor(
                 touched.long().unsqueeze(0), rows, weight.shape, is_coalesced=True,
                 check_invariants=False,
@@ -433,7 +445,8 @@ def fused_linear_sparse_ce(
         weight_grad: "dense", or "row_sparse": a sparse COO tensor of the rows that the batch
             touched, for ``torch.optim.SparseAdam`` and very large V. Not under torch.compile.
         backward: "sparse" sums rows, "dense" multiplies matrices chunk by chunk, "auto" takes the
-            faster by a measured rule, ``is_sparse``.
+            faster by a measured rule, ``is_sparse``. The dense softmax, and k beyond 1024, always
+            multiply; "row_sparse" always sums rows.
         chunk_bytes: target for the size of the logits' buffer.
 
     Returns:
@@ -459,7 +472,7 @@ def fused_linear_sparse_ce(
     checks.target_range(target, num_classes, ignore_index)
     k = num_classes if k is None else min(k, num_classes)
     dtype = hidden.dtype
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     row_target = target.reshape(-1).to(torch.int64).contiguous()
@@ -472,8 +485,8 @@ def fused_linear_sparse_ce(
         raise ValueError("weight_grad: expected 'dense' under torch.compile, got 'row_sparse'")
     if weight_grad == "row_sparse" and not listed:
         raise ValueError(
-            f"weight_grad: expected 'dense' for k=None and k > {backends.MAX_LIST_K}, whose "
-            "gradient has no rows of zeros, got 'row_sparse'"
+            "weight_grad: expected 'dense' for k=None, k >= V and "
+            f"k > {backends.MAX_LIST_K}, whose gradient has no rows of zeros, got 'row_sparse'"
         )
     sparse = backward == "sparse" or weight_grad == "row_sparse"
     if backward == "auto" and not sparse:

@@ -33,8 +33,10 @@ class SparseCrossEntropyLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        checks.options(options)
+        checks.options(options, "weight", weight)
         checks.k(k)
+        if link is not None:
+            checks.link(link, MonotonicPLIF)
         self.k = k
         self.register_buffer("weight", weight)
         self.link = link
@@ -82,7 +84,7 @@ class SparseLinearCrossEntropy(nn.Linear):
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        checks.options(options, linear=True)
+        checks.options(options, "class_weight", class_weight, linear=True)
         checks.k(k)
         self.k = k
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -188,8 +190,10 @@ class ContinuousOutputHead(nn.Module):
         """
         output = self.projection(hidden)
         if target is None:
-            vectors = checks.row_vectors(target_vectors, output).flatten(0, -2)
+            vectors = checks.row_vectors(target_vectors, output)
             rows = torch.arange(vectors.shape[0], device=output.device).view(output.shape[:-1])
+            # no rows need no vectors, and a table has one at least
+            vectors = vectors if vectors.shape[0] else self.embedding
             # an ignore_index of the user's would ignore the row of that number
             options = {**self.options, "ignore_index": -100}
             return continuous_output_loss(output, rows, vectors, self.distance, **options)

@@ -12,7 +12,8 @@ class KSchedule:
     from ``num_classes`` to ``k`` by the same factor per step; from there on it is ``k``. ``k``
     alone starves a network that trains from scratch: only the current top k classes of a row get a
     gradient, and its loss falls to log k, which looks like success (README). Stateless: nothing to
-    save in a checkpoint. A new k never compiles a kernel again.
+    save in a checkpoint. Triton compiles a kernel once per power of two that k passes, all else
+    never again.
 
     >>> schedule = KSchedule(num_classes=2000, k=20, warmup_steps=100, anneal_steps=200)
     >>> [schedule(step) for step in (0, 99, 200, 300, 10_000)]
