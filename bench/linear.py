@@ -2,9 +2,10 @@
 
 Loss and gradients of hidden and weight, from hidden states to gradients. How providers are checked,
 timed and weighed: race.py. Here a tolerance is twice the error of the plain layer in the same
-dtype, `linear` and then the loss in tensor operations, against float64: of the loss, and of dhidden
-and of dweight as a whole. "product" is the bare product of forward, into memory that exists: no
-output layer is faster. "dense" marks another loss, the softmax over all classes.
+dtype, `linear` and then the loss in tensor operations, against float64: of the loss (at least a
+rounding of it), and of dhidden and of dweight as a whole. "product" is the bare product of forward,
+into memory that exists: no output layer is faster. "dense" marks another loss, the softmax over all
+classes.
 
     python -m bench.linear --break-even     our two ways of backward over k: the constants of
                                             sparse_ce.linear.break_even
@@ -209,7 +210,10 @@ def enter(
     truth, plain = allowed[provider.loss]
     errors = case.errors(provider.make, truth)
     entrant.more["relative_errors"] = errors
-    return {name: error / (2 * plain[name] + 1e-6) for name, error in errors.items()}
+    # the error of the one number that the plain loss is may be small by chance
+    rounding = torch.finfo(case.hidden.dtype).eps
+    floor = {"loss": max(rounding, plain["loss"])}
+    return {name: error / (2 * (plain | floor)[name] + 1e-6) for name, error in errors.items()}
 
 
 def measure(

@@ -138,6 +138,7 @@ def admit(
                 entrant.status = "wrong"
                 wanted = "expected an error of at most 1 tolerance"
                 entrant.reason = f"{name}: {wanted}, got {error:.3g}"
+                break
         entrant.peak = entrant.each_pass(partial(peak_memory, device))
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), "")

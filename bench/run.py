@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(options.suite, options)
 
     def takes_part(provider: Provider) -> bool:
-        if provider.ours and options.backend not in (None, provider.name.split(".")[1]):
+        if options.backend and provider.ours and provider.name.split(".")[1] != options.backend:
             return False
         left_out = not options.provider and provider.name in suite.skip
         return chosen(provider.name, options.provider) and not left_out

@@ -130,7 +130,7 @@ ERRORS = {
     "backend that cannot run, though torch.softmax could": (
         lambda: softmax(k=5, backend="cuda"),
         RuntimeError,
-        "expected .*cuda",
+        "'cuda' cannot run here: ",
     ),
     "weight no tensor": (
         lambda: loss(weight=[1.0] * 5),
@@ -349,7 +349,7 @@ ERRORS = {
     "target_vectors shape": (
         lambda: distance(target_vectors=EMBEDDING[0]),
         ValueError,
-        r"expected shape \(V, 5\) with V >= 1, got \(5,\)",
+        r"expected shape \(V, 5\) with V >= 0, got \(5,\)",
     ),
     "target_vectors instead of a target": (
         lambda: head(target=None),

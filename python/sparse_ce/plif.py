@@ -78,7 +78,7 @@ class MonotonicPLIF(nn.Module):
         slopes = nn.functional.softplus(self.w.double()).to(self.w.dtype)
         slopes = slopes.to(schema.statistics_dtype(dtype))
         # a slope is never 0: f would not increase, and not know what becomes of an infinity
-        slopes = slopes.clamp_min(torch.finfo(slopes.dtype).tiny)
+        slopes = slopes + torch.finfo(slopes.dtype).tiny
         return slopes, offsets_of(slopes, self.bound)
 
     def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
