@@ -99,9 +99,12 @@ def _plain_dense(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forw
     return lambda: F.cross_entropy(F.linear(hidden, weight), target)
 
 
-def _torch_linear(options: bool) -> Make:
+def _torch_linear(**options: int) -> Make:
+    """With options it goes by chunks: of its own choice, or of so many tokens."""
+
     def make(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
-        how = torch.nn.LinearCrossEntropyOptions() if options else None
+        given = {name: value for name, value in options.items() if value}
+        how = torch.nn.LinearCrossEntropyOptions(**given) if options else None
         return lambda: F.linear_cross_entropy(hidden, weight, target, options=how)
 
     return make
@@ -136,8 +139,14 @@ PROVIDERS = (
     *(_ours(name, "auto") for name in backends.NAMES),
     Provider("linear+composition", _plain_topk),
     Provider("linear+cross_entropy", _plain_dense, loss="dense"),
-    Provider("linear_cross_entropy", _torch_linear(False), _no_torch_linear, loss="dense"),
-    Provider("linear_cross_entropy.chunked", _torch_linear(True), _no_torch_linear, loss="dense"),
+    *(
+        Provider(f"linear_cross_entropy{name}", make, _no_torch_linear, loss="dense")
+        for name, make in (
+            ("", _torch_linear()),
+            (".chunked", _torch_linear(batch_chunk_size=0)),
+            (".chunks_of_256", _torch_linear(batch_chunk_size=256)),
+        )
+    ),
     Provider("liger", _liger, needs("liger_kernel"), loss="dense"),
     Provider("cce", _cce, needs("cut_cross_entropy"), loss="dense"),
     Provider("quack", _quack, needs("quack"), loss="dense"),

@@ -256,11 +256,11 @@ def test_a_wrong_plif_is_not_timed(monkeypatch, capsys):
 def test_an_output_layer_is_checked_and_timed(tmp_path, capsys):
     path = tmp_path / "linear.json"
     options = "--shape 40 16 300 4 --repeats 3 --device cpu --dtype fp32 bf16 --provider eager"
-    rivals = "linear+composition linear+cross_entropy linear_cross_entropy chunked"
+    rivals = "linear+composition linear+cross_entropy linear_cross_entropy chunked chunks_of_256"
     assert linear.main([*options.split(), *rivals.split(), "--json", str(path)]) == 0
     for result in json.loads(path.read_text())["results"]:
         ours, *others = result["providers"]
-        assert ours["provider"] == "sparse_ce.eager" and len(others) == 4
+        assert ours["provider"] == "sparse_ce.eager" and len(others) == 5
         assert result["product_ms"]["median"] > 0
         for row in (ours, *others):
             assert row["status"] == "ok" and max(row["errors_in_tolerances"].values()) <= 1
