@@ -8,8 +8,9 @@ import pytest
 import subjects
 import torch
 import torch.nn.functional as F
+from allocations import sizes_of_allocations
 from closeness import Truth, assert_within
-from sparse_ce import backends, fused_sparse_ce, reference, sparse_softmax
+from sparse_ce import MonotonicPLIF, backends, fused_sparse_ce, reference, sparse_softmax
 
 REGIMES = {
     "list": dict(k=20),
@@ -371,6 +372,20 @@ def test_saved_for_backward_is_the_logits_themselves(subject, dtype, regime):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("linked", [False, True], ids=["", "link"])
+def test_backward_allocates_one_gradient(subject, dtype, linked):
+    """Nothing else of its size: torch's scatter_ takes a float32 copy of a 16-bit tensor."""
+    if subject.device != "cpu":
+        pytest.skip("the allocations of the CPU are looked at")
+    link = MonotonicPLIF(100) if linked else None
+    logits = cases.logits("random", 64, 5003, dtype).requires_grad_()
+    target = torch.arange(64)
+    loss = fused_sparse_ce(logits, target, 20, link=link, backend=subject.backend)
+    allocations, _ = sizes_of_allocations(lambda: loss.backward())
+    wide = [size for size in allocations if size >= 64 * 5003]
+    assert wide == [logits.numel() * dtype.itemsize]
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
 def test_sparse_softmax_is_the_softmax_of_the_support(subject, dtype, dim):
     logits = cases.logits("random", 3 * 4, 5, dtype).view(3, 4, 5)

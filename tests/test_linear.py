@@ -11,6 +11,7 @@ import pytest
 import subjects
 import torch
 import torch.nn.functional as F
+from allocations import sizes_of_allocations
 from closeness import Truth, assert_within
 from sparse_ce import (
     SparseLinearCrossEntropy,
@@ -227,20 +228,6 @@ def test_only_what_is_asked_for_is_computed(subject, which, backward):
     for leaf, needed, expected in zip((hidden, weight), which, both, strict=True):
         assert (leaf.grad is None) == (not needed)
         assert not needed or torch.equal(leaf.grad, expected)
-
-
-def sizes_of_allocations(run):
-    """Bytes of every allocation, and the most that was held at a time."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held, highest = 0, 0
-    for _, change in changes:
-        held += change
-        highest = max(highest, held)
-    return [change for _, change in changes if change > 0], highest
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])

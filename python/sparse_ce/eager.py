@@ -119,14 +119,17 @@ def topk_ce_bwd(
         g = g - spread
     is_target = (index == y.unsqueeze(-1)) & hit.unsqueeze(-1)
     g = torch.where(is_target, g - at_target.unsqueeze(-1), g)
-    dlogits = probs.new_zeros((*target.shape, num_classes), dtype=dtype)
-    dlogits.scatter_(-1, index, g.to(dtype))
     # where the target is outside the support its own place gets the value, elsewhere the first
     # place is written again
     outside = hit & ~is_target.any(-1)
     place = torch.where(outside, y, index[..., 0])
     value = torch.where(outside, -at_target, g[..., 0])
-    return dlogits.scatter_(-1, place.unsqueeze(-1), value.unsqueeze(-1).to(dtype))
+    dlogits = probs.new_zeros((*target.shape, num_classes), dtype=dtype)
+    flat, rows = dlogits.view(-1, num_classes), torch.arange(target.numel(), device=target.device)
+    # not by scatter_: on the CPU it goes through all of a 16-bit tensor
+    flat[rows.unsqueeze(-1), index.flatten(0, -2)] = g.flatten(0, -2).to(dtype)
+    flat[rows, place.flatten()] = value.flatten().to(dtype)
+    return dlogits
 
 
 def _kept(z: Tensor, cut: Tensor, cut_index: Tensor) -> Tensor:

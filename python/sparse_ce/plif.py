@@ -172,8 +172,10 @@ def _topk_backward(
     ones = torch.ones_like(dz_y)
     dlogits = place(None, ones, None, target, indices, dz, None, 0.0, num_classes, dtype)
     # outside of the support the target has a place of its own, else the first one is written again
-    at = torch.where(inside, indices[..., 0], y).unsqueeze(-1)
-    dlogits.scatter_(-1, at, torch.where(inside, dz[..., 0], dz_y).unsqueeze(-1).to(dtype))
+    at, value = torch.where(inside, indices[..., 0], y), torch.where(inside, dz[..., 0], dz_y)
+    rows = torch.arange(target.numel(), device=target.device)
+    # not by scatter_: on the CPU it goes through all of a 16-bit tensor
+    dlogits.view(-1, num_classes)[rows, at.flatten()] = value.flatten().to(dtype)
     if scale is None:
         return dlogits, slopes.new_zeros(slopes.shape[0] if needed else 0)
     return dlogits, ops.slope_gradient(cells, outside, scale, bound, slopes.dtype)
