@@ -65,7 +65,8 @@ def composition(logits: Tensor, link: MonotonicPLIF) -> Tensor:
     heights = width * F.pad(slopes.cumsum(0)[:-1], (1, 0))
     z = logits.to(slopes.dtype)
     cell = ((z.detach() + link.bound) / width).long().clamp_(0, link.num_cells - 1)
-    return slopes[cell] * (z - (cell * width - link.bound)) + heights[cell]
+    # a product of int64 with a number would be float32, in float64 too
+    return slopes[cell] * (z - (cell.to(z.dtype) * width - link.bound)) + heights[cell]
 
 
 def _dense_composition(logits: Tensor, target: Tensor, k: int, link: MonotonicPLIF) -> Tensor:
