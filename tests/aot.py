@@ -82,13 +82,18 @@ class Case:
     aligned: bool = True
     full: bool = False  # with every option: weights, smoothing, all upstream gradients
     loss: bool = True  # backward from the loss; False: from lse alone
+    changes: tuple[tuple[str, Any], ...] = ()  # of options, or a pointer that is None
 
     def __str__(self) -> str:
         flags = ("" if self.aligned else " unaligned") + (" full" if self.full else "")
         flags += "" if self.loss else " lse"
+        flags += "".join(f" {name}={value}" for name, value in self.changes)
         return f"{self.kernel} {self.dtype} V={self.num_classes} k={self.k}{flags}"
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
+        return {**self._options(), **dict(self.changes)}
+
+    def _options(self) -> dict[str, int]:
         itemsize = ITEMSIZE[self.dtype]
         if self.kernel in LINEAR:  # num_classes is the width of their rows
             config = sparse_linear.options(self.num_classes, 8 if self.kernel == "dhidden" else 4)
@@ -163,7 +168,11 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
             signature[name] = _ARGUMENTS.get(name, "*fp32" if name.endswith("_ptr") else "i32")
     attributes = {}
     if module in (sparse_linear, cosine):
-        aligned = (i for i, name in enumerate(signature) if name.endswith("ptr") or name == "width")
+        aligned = (
+            i
+            for i, (name, kind) in enumerate(signature.items())
+            if kind[0] == "*" or (name == "width" and kind != "constexpr")
+        )
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)

@@ -32,6 +32,7 @@ from .rows import (
     classes_before,
     edges,
     is_aligned,
+    kernel,
     on_device,
     row_start,
     row_strides,
@@ -67,9 +68,10 @@ def _add(g, x, cell, inside, cells_ptr, scale, bound, K):
     wide_bound = tl.zeros([], tl.float64) + bound
     share = (wide + wide_bound) * (K / (2 * wide_bound)) - cell
     share = tl.where(share > 0, tl.where(share < 1, share, 1.0), 0.0)
-    tl.atomic_add(cells_ptr + cell * 2, scaled.to(tl.int64), mask=inside, sem="relaxed")
-    moment = (scaled * share).to(tl.int64)
-    tl.atomic_add(cells_ptr + cell * 2 + 1, moment, mask=inside, sem="relaxed")
+    # most gradients of a softmax are too small to count
+    mass, moment = scaled.to(tl.int64), (scaled * share).to(tl.int64)
+    tl.atomic_add(cells_ptr + cell * 2, mass, mask=inside & (mass != 0), sem="relaxed")
+    tl.atomic_add(cells_ptr + cell * 2 + 1, moment, mask=inside & (moment != 0), sem="relaxed")
     counts = inside & (g != 0)  # where x is -inf g may be 0
     right = counts & (x > bound)
     left = counts & ((x >= -bound) == 0)
@@ -158,7 +160,7 @@ def _distances(
     return tl.where(inside, distance, 0.0)
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "V", "K"])
+@kernel
 def _ce_fwd_kernel(
     logits_ptr,  # (N, V), a row is at (row // rows_t) * stride_b + (row % rows_t) * stride_t
     target_ptr,  # (N) int64
@@ -266,7 +268,7 @@ def _gradient(
         return dx, 0.0, 0.0
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "V", "K", "part_size"])
+@kernel
 def _ce_bwd_kernel(
     dloss_ptr,  # (N) fp32
     dlse_ptr,  # (N) fp32

@@ -5,10 +5,22 @@ whole chunks are read 16 bytes at a time, and the classes before the first and a
 """
 
 import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """A kernel that is compiled once for its dtypes and constexprs. By itself Triton compiles again
+    where a number is 1 or a multiple of 16, and where an address is one: for a slice of the rows.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    values = [p.name for p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=values)
 
 
 @triton.jit

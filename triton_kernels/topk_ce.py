@@ -46,11 +46,22 @@ import triton
 import triton.language as tl
 
 from .order import key_value, max_nan, pack, packed_index, packed_key, threshold, value_key
-from .rows import classes_before, edges, is_aligned, on_device, row_start, row_strides, warps
+from .rows import (
+    classes_before,
+    edges,
+    is_aligned,
+    kernel,
+    on_device,
+    row_start,
+    row_strides,
+    warps,
+)
 
 # Below every packed class; above every key.
 LOWEST = tl.constexpr(-(1 << 63))
 SETTLED = tl.constexpr(0x7FFFFFFF)
+# Flags that a program of _exact_kernel looks at together.
+WATCH = tl.constexpr(32)
 
 
 @triton.jit
@@ -209,7 +220,7 @@ def _finish(
     tl.store(probs_ptr + out, tl.exp(shifted - log_sum), mask=kept)
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "part_size", "V", "k"])
+@kernel
 def _fwd_kernel(
     logits_ptr,  # (N, V), a row is at (row // rows_t) * stride_b + (row % rows_t) * stride_t
     target_ptr,  # (N) int64
@@ -264,9 +275,42 @@ def _fwd_kernel(
             )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["stride_b", "stride_t", "rows_t", "N", "parts", "part_size", "V", "k"]
-)
+@triton.jit
+def _best_from(
+    row_ptr, least, first, size, list_ptr, k, SORT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """(SORT) the best k of `size` classes from `first` on, of which k at least reach `least`."""
+    LIST: tl.constexpr = 2 * BLOCK
+    place = tl.arange(0, LIST)
+    rank = tl.arange(0, SORT)
+    floor = least.to(tl.int64) << 32
+    length = 0
+    for block in tl.range(0, size + BLOCK, BLOCK):
+        index = first + block + tl.arange(0, BLOCK)
+        inside = index < first + size
+        key = value_key(tl.load(row_ptr + index, mask=inside, other=float("-inf")))
+        packed = tl.where(inside, pack(key, index), LOWEST)
+        more = tl.sum((packed >= floor).to(tl.int32), axis=0)
+        if (length + more > LIST) | (block >= size):
+            tl.debug_barrier()
+            full = tl.load(list_ptr + place, mask=place < length, other=LOWEST)
+            full = tl.sort(full, descending=True)
+            tl.debug_barrier()
+            tl.store(list_ptr + place, full, mask=place < k)
+            floor = tl.max(tl.where(place == k - 1, full, LOWEST), axis=0) + 1
+            length = k
+        if more > 0:
+            keep = (packed >= floor).to(tl.int32)
+            added = length + tl.cumsum(keep, axis=0) - 1
+            tl.store(list_ptr + added, packed, mask=keep > 0)
+            length += tl.sum(keep, axis=0)
+    tl.debug_barrier()
+    best = tl.load(list_ptr + rank, mask=rank < k, other=LOWEST)
+    tl.debug_barrier()
+    return best
+
+
+@kernel
 def _exact_kernel(
     logits_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr, best_ptr,
     list_ptr,  # (programs, 2 * BLOCK) int64 scratch
@@ -290,52 +334,37 @@ def _exact_kernel(
 
     Once k classes are listed, only better ones enter: hardly any after the first ties.
     """
-    LIST: tl.constexpr = 2 * BLOCK
-    place = tl.arange(0, LIST)
     rank = tl.arange(0, SORT)
     program = tl.program_id(0).to(tl.int64)
-    list_ptr += program * LIST
-    for step in tl.range(0, N * parts - tl.program_id(0), tl.num_programs(0)):
-        job = program + step
-        least = tl.load(pending_ptr + job)
-        if least != SETTLED:
-            row = job // parts
-            first = (job % parts) * part_size
-            size = tl.minimum(V - first, part_size)
-            row_ptr = logits_ptr + row_start(row, rows_t, stride_b, stride_t)
-            floor = least.to(tl.int64) << 32
-            length = 0
-            for block in tl.range(0, size + BLOCK, BLOCK):
-                index = first + block + tl.arange(0, BLOCK)
-                inside = index < first + size
-                key = value_key(tl.load(row_ptr + index, mask=inside, other=float("-inf")))
-                packed = tl.where(inside, pack(key, index), LOWEST)
-                more = tl.sum((packed >= floor).to(tl.int32), axis=0)
-                if (length + more > LIST) | (block >= size):
-                    tl.debug_barrier()
-                    full = tl.load(list_ptr + place, mask=place < length, other=LOWEST)
-                    full = tl.sort(full, descending=True)
-                    tl.debug_barrier()
-                    tl.store(list_ptr + place, full, mask=place < k)
-                    floor = tl.max(tl.where(place == k - 1, full, LOWEST), axis=0) + 1
-                    length = k
-                keep = (packed >= floor).to(tl.int32)
-                added = length + tl.cumsum(keep, axis=0) - 1
-                tl.store(list_ptr + added, packed, mask=keep > 0)
-                length += tl.sum(keep, axis=0)
-            tl.debug_barrier()
-            best = tl.load(list_ptr + rank, mask=rank < k, other=LOWEST)
-            tl.debug_barrier()
-            if SPLIT:
-                tl.store(best_ptr + job * k + rank, best, mask=rank < k)
-            else:
-                _finish(
-                    best, row, row_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr,
-                    indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
-                )  # fmt: skip
+    list_ptr += program * 2 * BLOCK
+    jobs, stride = N * parts - tl.program_id(0), tl.num_programs(0)
+    # hardly any is pending: a look at the flags of many at a time
+    watched = tl.arange(0, WATCH) * stride
+    for start in tl.range(0, jobs, stride * WATCH):
+        flags = tl.load(
+            pending_ptr + program + start + watched, mask=start + watched < jobs, other=SETTLED
+        )
+        if tl.min(flags, axis=0) != SETTLED:
+            for step in tl.range(start, tl.minimum(start + stride * WATCH, jobs), stride):
+                job = program + step
+                least = tl.load(pending_ptr + job)
+                if least != SETTLED:
+                    row = job // parts
+                    first = (job % parts) * part_size
+                    row_ptr = logits_ptr + row_start(row, rows_t, stride_b, stride_t)
+                    size = tl.minimum(V - first, part_size)
+                    best = _best_from(row_ptr, least, first, size, list_ptr, k, SORT, BLOCK)
+                    if SPLIT:
+                        tl.store(best_ptr + job * k + rank, best, mask=rank < k)
+                    else:
+                        _finish(
+                            best, row, row_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr,
+                            indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT,
+                            HAS_SMOOTHING,
+                        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_t", "rows_t", "parts", "V", "k"])
+@kernel
 def _sort_kernel(
     logits_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
     best_ptr,  # (N, parts, k) int64, where rows are split
@@ -367,7 +396,7 @@ def _sort_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["part_size", "V", "k"])
+@kernel
 def _bwd_kernel(
     dloss_ptr,  # (N) fp32
     dlse_ptr,  # (N) fp32
