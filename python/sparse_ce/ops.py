@@ -285,11 +285,10 @@ def slope_gradient(
     cells: Tensor, outside: Tensor, scale: Tensor, bound: float, dtype: torch.dtype
 ) -> Tensor:
     """(K) in `dtype`: the formula above, and what x beyond the bounds add to the end cells."""
-    mass, moment = cells.t().contiguous()
-    before = mass.cumsum(0)
+    before = cells[:, 0].cumsum(0)
     total, middle = before[-1], cells.shape[0] // 2
-    sums = moment + (total - before)
-    sums[:middle] -= total
+    sums = cells[:, 1] - before
+    sums[middle:] += total
     gradient = sums.double()
     if cells.shape[0] % 2:
         gradient[middle] -= total.double() / 2  # the cell around 0
