@@ -21,10 +21,10 @@ that backward keeps the very same classes without repeating a rounded comparison
 Forward reads the row once. Each lane goes through its chunks with a maximum and a sum of its own,
 two chunks at a time: one exponential per class and one per two chunks, which moves the sum to the
 new maximum. Lanes meet once, at the end: no barrier in the loop. A cut, or label smoothing, takes a
-second look, for which the cache holds the row, or the end of a long one. The k-th largest is found
-by bisection on the keys, 16 or 32 looks, and among the classes equal to it by bisection on the
-index: slower than listing classes, but k is beyond where lists end. Backward reads the logits and
-writes the gradient, once each.
+second look, from the cache where that holds the rows at work. The k-th largest is found by
+bisection on the keys, 16 or 32 looks, and among the classes equal to it by bisection on the index:
+slower than listing classes, but k is beyond where lists end. Backward reads the logits and writes
+the gradient, once each.
 """
 
 import torch
@@ -177,17 +177,15 @@ def _look(
     HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """Of the classes that are kept: sum of exponentials, how many, the least logit, the sum of the
-    weights, and of the weighted distances from the maximum. From the end of the row on, which is
-    what the cache still holds of a long one.
+    weights, and of the weighted distances from the maximum.
     """
     total = tl.zeros([LANES], tl.float32)
     count = tl.zeros([LANES], tl.int32)
     least = tl.full([LANES], float("inf"), tl.float32)
     weights = tl.zeros([LANES], tl.float32)
     spread = tl.zeros([LANES], tl.float32)
-    end = (chunks - 1) // LANES * LANES
-    for back in tl.range(0, chunks, LANES):
-        x, at, inside = tile(row_ptr, head, end - back, chunks, float("-inf"), LANES, C)
+    for first in tl.range(0, chunks, LANES):
+        x, at, inside = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
         e, one, z, w, s = _terms(
             x, at, tl.broadcast_to(inside, x.shape), row_max, cut_key, cut_index, bound,
             target, weight_ptr, KEEP, HAS_WEIGHT, HAS_SMOOTHING,
