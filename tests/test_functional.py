@@ -382,8 +382,9 @@ def test_backward_allocates_one_gradient(subject, dtype, linked):
     target = torch.arange(64)
     loss = fused_sparse_ce(logits, target, 20, link=link, backend=subject.backend)
     allocations, _ = sizes_of_allocations(lambda: loss.backward())
-    wide = [size for size in allocations if size >= 64 * 5003]
-    assert wide == [logits.numel() * dtype.itemsize]
+    (size,) = (size for size in allocations if size >= 64 * 5003)
+    # with some space around it where it is emulated
+    assert 0 <= size - logits.numel() * dtype.itemsize < 4096
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
