@@ -28,9 +28,9 @@ from .support import Support
 CHUNK_BYTES = 128 << 20
 
 # The largest share (k + 1) / V of non-zeros at which gathers win, by device and size of an element.
-# On the CPU measured by bench/linear.py --break-even: what is safe on the machines seen, an AMD EPYC
-# gathers up to 0.2 (bench/results/break-even-cpu.json). On a GPU an estimate, from the ratio of its
-# bandwidth to its rate of products.
+# On the CPU measured by bench/linear.py --break-even, and safe on the machines seen: an AMD EPYC
+# could gather up to 0.2 (bench/results/break-even-cpu.json). On a GPU an estimate, from the ratio
+# of its bandwidth to its rate of products.
 _BREAK_EVEN = {("cpu", 8): 0.1, ("cpu", 4): 0.1, ("cpu", 2): 0.05}
 _BREAK_EVEN_GPU = 0.003
 
