@@ -68,10 +68,9 @@ def _add(g, x, cell, inside, cells_ptr, scale, bound, K):
     wide_bound = tl.zeros([], tl.float64) + bound
     share = (wide + wide_bound) * (K / (2 * wide_bound)) - cell
     share = tl.where(share > 0, tl.where(share < 1, share, 1.0), 0.0)
-    # most gradients of a softmax are too small to count
-    mass, moment = scaled.to(tl.int64), (scaled * share).to(tl.int64)
-    tl.atomic_add(cells_ptr + cell * 2, mass, mask=inside & (mass != 0), sem="relaxed")
-    tl.atomic_add(cells_ptr + cell * 2 + 1, moment, mask=inside & (moment != 0), sem="relaxed")
+    tl.atomic_add(cells_ptr + cell * 2, scaled.to(tl.int64), mask=inside, sem="relaxed")
+    moment = (scaled * share).to(tl.int64)
+    tl.atomic_add(cells_ptr + cell * 2 + 1, moment, mask=inside, sem="relaxed")
     counts = inside & (g != 0)  # where x is -inf g may be 0
     right = counts & (x > bound)
     left = counts & ((x >= -bound) == 0)
