@@ -91,7 +91,7 @@ tools=(memcheck racecheck synccheck)
 command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
 for tool in "${tools[@]}"; do
   before=$failed
-  # of races and barriers in code that Triton wrote nobody here could mend anything
+  # races in shared memory and barriers of threads: Triton lays out its own
   backends="cuda-cuda"
   [ "$tool" = memcheck ] && backends="triton-cuda or cuda-cuda"
   stage "compute-sanitizer $tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \

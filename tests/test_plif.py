@@ -179,6 +179,16 @@ def test_slopes_of_the_start_are_one():
         assert (slopes == 1).all() and (offsets == 0).all()
 
 
+def test_slopes_do_not_underflow(subject):
+    """f increases whatever w, and knows what becomes of an infinity."""
+    link = MonotonicPLIF(8, 4.0).to(subject.device)
+    with torch.no_grad():
+        link.w.fill_(-200)
+    assert (link.tables(torch.float32)[0] > 0).all()
+    x = torch.tensor([-torch.inf, torch.inf], device=subject.device)
+    assert torch.equal(link(x, subject.backend), x)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("cells, bound", SHAPES)
 def test_values_and_gradients(subject, dtype, cells, bound):
