@@ -12,7 +12,7 @@ if not subjects.EMULATING:
     pytest.skip("runs with SPARSE_CE_EMULATE=1", allow_module_level=True)
 
 import emulated_cuda  # noqa: E402
-from sparse_ce import eager, plif  # noqa: E402
+from sparse_ce import eager  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
 
@@ -127,8 +127,7 @@ def test_chosen_kernels_of_cosine(dtype, table, width, begin, size):
 
 
 def tables(cells=37):
-    slopes = torch.rand(cells) + 0.5
-    return slopes, plif.offsets_of(slopes, 3.0)
+    return eager.plif_tables(torch.randn(cells), 3.0, torch.float32)
 
 
 SCALE = torch.tensor(2.0**40, dtype=torch.float64)

@@ -32,7 +32,6 @@ from sparse_ce import (
     backends,
     fused_sparse_ce,
     ops,
-    plif,
     reference,
     schema,
 )
@@ -450,7 +449,7 @@ def test_target_out_of_range_has_no_gradient(subject):
     arguments = (z.requires_grad_(), y, None, slopes, offsets, 3.0)
     for loss in (
         ops.plif_ce_fwd(*arguments, 0.1, subject.backend)[0],
-        plif.plif_topk_ce_fwd(*arguments, 20, 0.1, subject.backend)[0],
+        ops.plif_topk_ce_fwd(*arguments, 20, 0.1, subject.backend)[0],
     ):
         assert loss.isnan().all()
         z.grad = slopes.grad = None
@@ -474,15 +473,14 @@ def test_first_derivative(subject, k, cells, weighted, smoothing):
     weight = torch.rand(7, device=subject.device).double() if weighted else None
 
     def function(x, w):
-        slopes = torch.nn.functional.softplus(w)
-        offsets = plif.offsets_of(slopes, link.bound)
+        slopes, offsets = ops.plif_tables(w, link.bound, torch.float64, subject.backend)
         if k == "function":
             return ops.plif_fwd(x, slopes, offsets, link.bound, subject.backend)
         arguments = (x, target, weight, slopes, offsets, link.bound)
         if k is None:
             loss, lse, *_ = ops.plif_ce_fwd(*arguments, smoothing, subject.backend)
             return loss[:3], lse
-        loss, lse, _, probs, _ = plif.plif_topk_ce_fwd(*arguments, k, smoothing, subject.backend)
+        loss, lse, _, probs, _ = ops.plif_topk_ce_fwd(*arguments, k, smoothing, subject.backend)
         return loss[:3], lse, probs
 
     assert gradcheck(function, (x.requires_grad_(), link.w))
@@ -593,15 +591,19 @@ def test_opcheck(subject, shape, learns):
         torch.library.opcheck(op, (*arguments, backend))
 
     tables = (slope_leaf, offsets, 3.0)
+    check(ops.plif_tables, link.w, 3.0, torch.float32)
+    if learns:
+        _, *sums = ops.plif_bwd(z, z, slopes, 3.0, scale, backend)
+        check(ops.plif_dslopes, *sums, scale, 3.0, torch.float32)
     check(ops.plif_fwd, leaf, *tables)
     check(ops.plif_bwd, z, z, slopes, 3.0, scale)
     check(ops.plif_ce_fwd, leaf, y, weight, *tables, 0.1)
     statistics = ops.plif_ce_fwd(z, y, weight, slopes, offsets, 3.0, 0.1, backend)[2:]
     check(ops.plif_ce_bwd, above, None, z, y, *statistics, weight, slopes, offsets, 3.0, 0.1, scale)
-    check(plif.plif_topk_ce_fwd, leaf, y, weight, *tables, 4, 0.1)
-    found = plif.plif_topk_ce_fwd(z, y, weight, slopes, offsets, 3.0, 4, 0.1, backend)[2:]
-    rest = (weight, slopes, 3.0, 0.1, 11, torch.float32, learns)
-    check(plif.plif_topk_ce_bwd, above, None, None, y, *found, *rest)
+    check(ops.plif_topk_ce_fwd, leaf, y, weight, *tables, 4, 0.1)
+    found = ops.plif_topk_ce_fwd(z, y, weight, slopes, offsets, 3.0, 4, 0.1, backend)[2:]
+    rest = (weight, slopes, 3.0, 0.1, 11, torch.float32, scale)
+    check(ops.plif_topk_ce_bwd, above, None, None, y, *found, *rest)
 
 
 @pytest.fixture
@@ -687,4 +689,5 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
 def test_every_operator_is_here():
     names = {name for name in (*schema.SIGNATURES, *schema.COMPOSITIONS) if "plif" in name}
     forms = {"plif", "plif_ce", "plif_topk_ce"}
-    assert names == {f"{form}_{way}" for form in forms for way in ("fwd", "bwd")}
+    passes = {f"{form}_{way}" for form in forms for way in ("fwd", "bwd")}
+    assert names == passes | {"plif_tables", "plif_dslopes"}

@@ -2,8 +2,8 @@
 data.
 
 To add a backend: one row here and a module that defines functions named as in schema.py. Tests and
-bench enumerate the rows. A stem that a backend's modules do not define runs
-as the tensor operations of eager.py on the same device.
+bench enumerate the rows. An operator that a backend's modules do not define runs as the tensor
+operations of eager.py on the same device.
 """
 
 import importlib

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .schema import statistics_dtype
+from .schema import fixed_point, statistics_dtype
 
 # Elements of the (rows, V) temporaries that exist at a time; eight bytes each.
 _CHUNK_ELEMENTS = 1 << 24
@@ -53,6 +53,30 @@ def _target_terms(
     return hit, y, z_y, torch.ones_like(z_y) if weight is None else weight[y]
 
 
+def _list_softmax(
+    values: Tensor,
+    value_y: Tensor,
+    index: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, lse (N) and probs (N, k) of sorted values (N, k) and the target's (N)."""
+    row_max = values[:, 0]
+    shifted = values - row_max.unsqueeze(-1)
+    log_sum = shifted.exp().sum(-1).log()
+    # the row maximum leaves both terms before they meet: m + log l - z_y would cancel at large
+    # offsets
+    loss = log_sum - (value_y - row_max)
+    if weight is not None:
+        loss = weight[y] * loss
+    if label_smoothing:
+        nll = log_sum.unsqueeze(-1) - shifted
+        spread = (nll if weight is None else nll * weight[index]).sum(-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing / index.shape[-1] * spread
+    return loss, row_max + log_sum, (shifted - log_sum.unsqueeze(-1)).exp()
+
+
 def topk_ce_fwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, k: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,25 +90,16 @@ def topk_ce_fwd(
         z = flat[part]
         index = _topk_indices(z, k)
         values = z.gather(-1, index).to(dtype)
-        row_max = values[:, 0]
-        shifted = values - row_max.unsqueeze(-1)
-        log_sum = shifted.exp().sum(-1).log()
-        hit, _, z_y, w_y = _target_terms(z, flat_target[part], weight)
-        # the row maximum leaves both terms before they meet: m + log l - z_y would cancel at large
-        # offsets
-        row_loss = w_y * (log_sum - (z_y - row_max))
-        if label_smoothing:
-            nll = log_sum.unsqueeze(-1) - shifted
-            spread = (nll if weight is None else nll * weight[index]).sum(-1)
-            row_loss = (1 - label_smoothing) * row_loss + label_smoothing / k * spread
+        hit, y, z_y, _ = _target_terms(z, flat_target[part], weight)
+        row_loss, lse[part], probs[part] = _list_softmax(
+            values, z_y, index, y, weight, label_smoothing
+        )
         loss[part] = row_loss.masked_fill(~hit, torch.nan)
-        lse[part] = row_max + log_sum
         indices[part] = index.int()
-        probs[part] = (shifted - log_sum.unsqueeze(-1)).exp()
     return loss.view(rows), lse.view(rows), indices.view(*rows, k), probs.view(*rows, k)
 
 
-def topk_ce_bwd(
+def _list_gradient(
     dloss: Tensor | None,
     dlse: Tensor | None,
     dprobs: Tensor | None,
@@ -94,8 +109,8 @@ def topk_ce_bwd(
     weight: Tensor | None,
     label_smoothing: float,
     num_classes: int,
-    dtype: torch.dtype,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """On the support (N, k), and at the target (N): 0 where it is in the support, and joined."""
     index = indices.long()
     hit = (target >= 0) & (target < num_classes)
     y = target.clamp(0, num_classes - 1)
@@ -119,17 +134,49 @@ def topk_ce_bwd(
         g = g - spread
     is_target = (index == y.unsqueeze(-1)) & hit.unsqueeze(-1)
     g = torch.where(is_target, g - at_target.unsqueeze(-1), g)
+    return g, torch.where(hit & ~is_target.any(-1), -at_target, 0)
+
+
+def _placed(
+    g: Tensor,
+    at_target: Tensor,
+    target: Tensor,
+    indices: Tensor,
+    num_classes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(N, V), zero elsewhere."""
+    index = indices.long()
     # where the target is outside the support its own place gets the value, elsewhere the first
     # place is written again
-    outside = hit & ~is_target.any(-1)
-    place = torch.where(outside, y, index[..., 0])
-    value = torch.where(outside, -at_target, g[..., 0])
-    dlogits = probs.new_zeros((*target.shape, num_classes), dtype=dtype)
+    inside = (index == target.unsqueeze(-1)).any(-1)
+    outside = (target >= 0) & (target < num_classes) & ~inside
+    place = torch.where(outside, target, index[..., 0])
+    value = torch.where(outside, at_target, g[..., 0])
+    dlogits = g.new_zeros((*target.shape, num_classes), dtype=dtype)
     flat, rows = dlogits.view(-1, num_classes), torch.arange(target.numel(), device=target.device)
     # not by scatter_: on the CPU it goes through all of a 16-bit tensor
     flat[rows.unsqueeze(-1), index.flatten(0, -2)] = g.flatten(0, -2).to(dtype)
     flat[rows, place.flatten()] = value.flatten().to(dtype)
     return dlogits
+
+
+def topk_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    g, at_target = _list_gradient(
+        dloss, dlse, dprobs, target, indices, probs, weight, label_smoothing, num_classes
+    )
+    return _placed(g, at_target, target, indices, num_classes, dtype)
 
 
 def _kept(z: Tensor, cut: Tensor, cut_index: Tensor) -> Tensor:
@@ -251,6 +298,42 @@ def _cells(x: Tensor, num_cells: int, bound: float) -> Tensor:
     return torch.where(place > 0, place, 0).clamp_(max=num_cells - 1).long()
 
 
+def plif_tables(w: Tensor, bound: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The softplus in float64, rounded to the dtype of w: that of the start, which is rounded too,
+    is then 1 and not next to it.
+
+    At the knot between two cells the lines meet: offset_i - offset_{i-1} is (slope_{i-1} - slope_i)
+    times the knot. Summed in fixed point: on a GPU a sum of floats has no order to rely on.
+    """
+    slopes = torch.nn.functional.softplus(w.double()).to(w.dtype).to(dtype)
+    # a slope is never 0: f would not increase, and not know what becomes of an infinity
+    slopes += torch.finfo(dtype).tiny
+    num_cells, wide = w.shape[0], slopes.double()
+    knots = torch.arange(2 - num_cells, num_cells, 2, device=w.device, dtype=torch.float64)
+    steps = (wide[:-1] - wide[1:]) * knots.mul_(bound / num_cells)
+    largest = steps.abs().amax() if num_cells > 1 else wide.new_zeros(())
+    scale = fixed_point(largest * num_cells)
+    sums = torch.nn.functional.pad((steps * scale).long().cumsum(0), (1, 0))
+    # the cell right of 0, or around it
+    return slopes, ((sums - sums[num_cells // 2]).double() / scale).to(dtype)
+
+
+def plif_dslopes(
+    cells: Tensor, outside: Tensor, scale: Tensor, bound: float, dtype: torch.dtype
+) -> Tensor:
+    before = cells[:, 0].cumsum(0)
+    total, middle = before[-1], cells.shape[0] // 2
+    sums = cells[:, 1] - before
+    sums[middle:] += total
+    gradient = sums.double()
+    if cells.shape[0] % 2:
+        gradient[middle] -= total.double() / 2  # the cell around 0
+    gradient *= (2 * bound / cells.shape[0]) / scale
+    gradient[0] += outside[0]
+    gradient[-1] += outside[1]
+    return gradient.to(dtype)
+
+
 def plif_fwd(x: Tensor, slopes: Tensor, offsets: Tensor, bound: float) -> Tensor:
     z = x.to(slopes.dtype)
     cell = _cells(z, slopes.shape[0], bound)
@@ -340,6 +423,63 @@ def plif_ce_bwd(
         sums += more
         outside += beyond
     return dlogits.view(logits.shape), sums, outside
+
+
+def plif_topk_ce_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    offsets: Tensor,
+    bound: float,
+    k: int,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    rows, num_classes = logits.shape[:-1], logits.shape[-1]
+    y = target.clamp(0, num_classes - 1).flatten()
+    outputs = (
+        *(slopes.new_empty(y.numel()) for _ in range(2)),
+        logits.new_empty((y.numel(), k), dtype=torch.int32),
+        *(slopes.new_empty((y.numel(), m)) for m in (k, k + 1)),
+    )
+    # f(z) of the support is sorted as z is: it lists itself, and what follows it is the target's
+    for part in _chunks(y.numel(), num_classes):
+        z = logits.flatten(0, -2)[part]
+        index = _topk_indices(z, k)
+        values = z.gather(-1, torch.cat([index, y[part].unsqueeze(-1)], -1)).to(slopes.dtype)
+        f = plif_fwd(values, slopes, offsets, bound)
+        found = _list_softmax(f[:, :-1], f[:, -1], index, y[part], weight, label_smoothing)
+        for output, tensor in zip(outputs, (*found[:2], index, found[2], values), strict=True):
+            output[part] = tensor
+    loss, lse, *lists = outputs
+    hit = (target >= 0) & (target < num_classes)
+    loss = loss.view(rows).masked_fill(~hit, torch.nan)
+    return loss, lse.view(rows), *(t.view(*rows, t.shape[-1]) for t in lists)
+
+
+def plif_topk_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    values: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    bound: float,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    df, at_target = _list_gradient(
+        dloss, dlse, dprobs, target, indices, probs, weight, label_smoothing, num_classes
+    )
+    dz, cells, outside = plif_bwd(
+        torch.cat([df, at_target.unsqueeze(-1)], -1), values, slopes, bound, scale
+    )
+    return _placed(dz[..., :-1], dz[..., -1], target, indices, num_classes, dtype), cells, outside
 
 
 def sparse_linear_buffer(like: Tensor, rows: int, num_classes: int) -> Tensor:

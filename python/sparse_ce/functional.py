@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops, schema
-from .plif import MonotonicPLIF, plif_topk_ce_fwd
+from .plif import MonotonicPLIF
 from .support import Support
 
 
@@ -136,10 +136,10 @@ def fused_sparse_ce(
     name = backends.resolve(backend, logits.device.type, logits.dtype, listed and large_k)
     arguments: Any = (rows, row_target, weight)
     if link is not None:
-        arguments = (*arguments, *link.tables(logits.dtype), link.bound)
+        arguments = (*arguments, *link.tables(logits.dtype, name), link.bound)
     support = None
     if listed:
-        op: Any = ops.topk_ce_fwd if link is None else plif_topk_ce_fwd
+        op: Any = ops.topk_ce_fwd if link is None else ops.plif_topk_ce_fwd
         loss, lse, indices, probs = op(*arguments, k, float(label_smoothing), name)[:4]
         shape = (*target.shape, k)
         support = Support(

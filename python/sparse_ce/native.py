@@ -8,10 +8,14 @@ from . import schema as schema  # loads the library and defines the namespace
 
 topk_ce_fwd = torch.ops.sparse_ce_native.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce_native.topk_ce_bwd.default
+plif_tables = torch.ops.sparse_ce_native.plif_tables.default
+plif_dslopes = torch.ops.sparse_ce_native.plif_dslopes.default
 plif_fwd = torch.ops.sparse_ce_native.plif_fwd.default
 plif_bwd = torch.ops.sparse_ce_native.plif_bwd.default
 plif_ce_fwd = torch.ops.sparse_ce_native.plif_ce_fwd.default
 plif_ce_bwd = torch.ops.sparse_ce_native.plif_ce_bwd.default
+plif_topk_ce_fwd = torch.ops.sparse_ce_native.plif_topk_ce_fwd.default
+plif_topk_ce_bwd = torch.ops.sparse_ce_native.plif_topk_ce_bwd.default
 sparse_linear_buffer = torch.ops.sparse_ce_native.sparse_linear_buffer.default
 sparse_linear_dhidden = torch.ops.sparse_ce_native.sparse_linear_dhidden.default
 sparse_linear_dweight = torch.ops.sparse_ce_native.sparse_linear_dweight.default

@@ -11,6 +11,7 @@ sums over the support:
 Source of the loss: Sun et al., Sparse-softmax, arXiv 2112.12433, eq. 4 and 5.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +35,14 @@ topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
 threshold_ce_fwd = torch.ops.sparse_ce.threshold_ce_fwd.default
 threshold_ce_bwd = torch.ops.sparse_ce.threshold_ce_bwd.default
+plif_tables = torch.ops.sparse_ce.plif_tables.default
+plif_dslopes = torch.ops.sparse_ce.plif_dslopes.default
 plif_fwd = torch.ops.sparse_ce.plif_fwd.default
 plif_bwd = torch.ops.sparse_ce.plif_bwd.default
 plif_ce_fwd = torch.ops.sparse_ce.plif_ce_fwd.default
 plif_ce_bwd = torch.ops.sparse_ce.plif_ce_bwd.default
+plif_topk_ce_fwd = torch.ops.sparse_ce.plif_topk_ce_fwd.default
+plif_topk_ce_bwd = torch.ops.sparse_ce.plif_topk_ce_bwd.default
 sparse_linear_dhidden = torch.ops.sparse_ce.sparse_linear_dhidden.default
 sparse_linear_dweight = torch.ops.sparse_ce.sparse_linear_dweight.default
 cosine_fwd = torch.ops.sparse_ce.cosine_fwd.default
@@ -268,39 +273,24 @@ torch.library.register_autograd(
 #
 #     dslopes_j = D (M_j + sum_{i > j} G_i - (1 - h_j) sum_i G_i)
 #
-# since f(x) is the integral of the slopes from 0 to x. Source: Ganea et al., Learnable monotonic
-# pointwise non-linearities, arXiv 1902.08077.
+# since f(x) is the integral of the slopes from 0 to x: `plif_dslopes`. Source: Ganea et al.,
+# Learnable monotonic pointwise non-linearities, arXiv 1902.08077.
 
 
-def fixed_point(total: Tensor) -> Tensor:
-    """() float64: the power of two that takes a sum of at most `total` to integers of 2^60 at most.
-
-    Integers, unlike floats, add up to the same bits in any order. Of NaN and infinity the scale is
-    NaN, and so is what is divided by it.
-    """
-    return torch.exp2(60 - total.double().clamp(min=2.0**-900).log2().ceil()) + 0 * total
+def _empty_sums(slopes: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    num_cells = 0 if scale is None else slopes.shape[0]
+    cells = slopes.new_empty((num_cells, 2), dtype=torch.int64)
+    return cells, slopes.new_empty(2, dtype=torch.float64)
 
 
-def slope_gradient(
-    cells: Tensor, outside: Tensor, scale: Tensor, bound: float, dtype: torch.dtype
-) -> Tensor:
-    """(K) in `dtype`: the formula above, and what x beyond the bounds add to the end cells."""
-    before = cells[:, 0].cumsum(0)
-    total, middle = before[-1], cells.shape[0] // 2
-    sums = cells[:, 1] - before
-    sums[middle:] += total
-    gradient = sums.double()
-    if cells.shape[0] % 2:
-        gradient[middle] -= total.double() / 2  # the cell around 0
-    gradient *= (2 * bound / cells.shape[0]) / scale
-    gradient[0] += outside[0]
-    gradient[-1] += outside[1]
-    result: Tensor = gradient.to(dtype)
-    return result
+@torch.library.register_fake("sparse_ce::plif_tables")
+def _(w, bound, dtype, backend):  # type: ignore[no-untyped-def]
+    return w.new_empty(w.shape, dtype=dtype), w.new_empty(w.shape, dtype=dtype)
 
 
-def sums_shape(slopes: Tensor, scale: Tensor | None) -> tuple[int, int]:
-    return (0 if scale is None else slopes.shape[0], 2)
+@torch.library.register_fake("sparse_ce::plif_dslopes")
+def _(cells, outside, scale, bound, dtype, backend):  # type: ignore[no-untyped-def]
+    return cells.new_empty(cells.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("sparse_ce::plif_fwd")
@@ -310,8 +300,7 @@ def _(x, slopes, offsets, bound, backend):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("sparse_ce::plif_bwd")
 def _(dy, x, slopes, bound, scale, backend):  # type: ignore[no-untyped-def]
-    cells = x.new_empty(sums_shape(slopes, scale), dtype=torch.int64)
-    return x.new_empty(x.shape), cells, x.new_empty(2, dtype=torch.float64)
+    return x.new_empty(x.shape), *_empty_sums(slopes, scale)
 
 
 @torch.library.register_fake("sparse_ce::plif_ce_fwd")
@@ -322,8 +311,32 @@ def _(logits, target, weight, slopes, offsets, bound, label_smoothing, backend):
 
 @torch.library.register_fake("sparse_ce::plif_ce_bwd")
 def _(dloss, dlse, logits, target, row_max, log_sum, weight, slopes, *rest):  # type: ignore[no-untyped-def]
-    cells = logits.new_empty(sums_shape(slopes, rest[-2]), dtype=torch.int64)
-    return logits.new_empty(logits.shape), cells, logits.new_empty(2, dtype=torch.float64)
+    return logits.new_empty(logits.shape), *_empty_sums(slopes, rest[-2])
+
+
+@torch.library.register_fake("sparse_ce::plif_topk_ce_fwd")
+def _(logits, target, weight, slopes, offsets, bound, k, *rest):  # type: ignore[no-untyped-def]
+    rows = logits.shape[:-1]
+    loss, lse = (slopes.new_empty(rows) for _ in range(2))
+    indices = logits.new_empty((*rows, k), dtype=torch.int32)
+    return loss, lse, indices, slopes.new_empty((*rows, k)), slopes.new_empty((*rows, k + 1))
+
+
+@torch.library.register_fake("sparse_ce::plif_topk_ce_bwd")
+def _(dloss, dlse, dprobs, target, indices, probs, values, weight, slopes, *rest):  # type: ignore[no-untyped-def]
+    _, _, num_classes, dtype, scale, _ = rest
+    dlogits = probs.new_empty((*target.shape, num_classes), dtype=dtype)
+    return dlogits, *_empty_sums(slopes, scale)
+
+
+def _plif_tables_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0])
+
+
+def _plif_tables_backward(ctx: Any, dslopes: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    (w,) = ctx.saved_tensors
+    return (dslopes * torch.sigmoid(w)).to(w.dtype), None, None, None
 
 
 def _plif_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -336,12 +349,18 @@ def _plif_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     scale = None
     if ctx.needs_input_grad[1]:
         largest = dy.abs().amax() if dy.numel() else dy.new_zeros(())
-        scale = fixed_point(largest.double() * dy.numel())
-    dx, cells, outside = plif_bwd(dy.contiguous(), x, slopes, ctx.bound, scale, ctx.backend)
-    dslopes = None
-    if scale is not None:
-        dslopes = slope_gradient(cells, outside, scale, ctx.bound, slopes.dtype)
-    return dx, dslopes, None, None, None
+        scale = schema.fixed_point(largest.double() * dy.numel())
+    dx, *sums = plif_bwd(dy.contiguous(), x, slopes, ctx.bound, scale, ctx.backend)
+    return dx, _dslopes(ctx, sums, scale, slopes), None, None, None
+
+
+def _dslopes(
+    ctx: Any, sums: Sequence[Tensor], scale: Tensor | None, slopes: Tensor
+) -> Tensor | None:
+    if scale is None:
+        return None
+    found: Tensor = plif_dslopes(*sums, scale, ctx.bound, slopes.dtype, ctx.backend)
+    return found
 
 
 def _plif_ce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -359,31 +378,55 @@ def _plif_ce_backward(
     logits, target, weight, slopes, offsets, row_max, log_sum = ctx.saved_tensors
     scale = None
     if ctx.needs_input_grad[3]:
-        total = _plif_ce_total(
-            dloss, dlse, target, weight, ctx.label_smoothing, logits.shape[-1], row_max + log_sum
-        )
-        scale = fixed_point(total)
-    dlogits, cells, outside = plif_ce_bwd(
+        lse = row_max + log_sum
+        scale = _plif_scale(dloss, dlse, None, target, weight, logits.shape[-1], lse)
+    dlogits, *sums = plif_ce_bwd(
         dloss, dlse, logits, target, row_max, log_sum, weight, slopes, offsets, ctx.bound,
         ctx.label_smoothing, scale, ctx.backend,
     )  # fmt: skip
-    dslopes = None
-    if scale is not None:
-        dslopes = slope_gradient(cells, outside, scale, ctx.bound, slopes.dtype)
-    return (dlogits, None, None, dslopes, *(None,) * 4)
+    return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 4)
 
 
-def _plif_ce_total(
+def _plif_topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, slopes, _, ctx.bound, _, ctx.label_smoothing, ctx.backend = inputs
+    _, _, indices, probs, values = output
+    ctx.num_classes, ctx.dtype = logits.shape[-1], logits.dtype
+    ctx.mark_non_differentiable(values)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(target, indices, probs, values, weight, slopes)
+
+
+def _plif_topk_backward(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None, __: None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None and dprobs is None:
+        return (None,) * 9
+    target, indices, probs, values, weight, slopes = ctx.saved_tensors
+    scale = None
+    if ctx.needs_input_grad[3]:
+        # a probability is NaN where the log-sum-exp is not finite
+        first = probs[..., 0]
+        scale = _plif_scale(dloss, dlse, dprobs, target, weight, ctx.num_classes, first)
+    dlogits, *sums = plif_topk_ce_bwd(
+        dloss, dlse, dprobs, target, indices, probs, values, weight, slopes, ctx.bound,
+        ctx.label_smoothing, ctx.num_classes, ctx.dtype, scale, ctx.backend,
+    )  # fmt: skip
+    return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 5)
+
+
+def _plif_scale(
     dloss: Tensor | None,
     dlse: Tensor | None,
+    dprobs: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
-    label_smoothing: float,
     num_classes: int,
     lse: Tensor,
 ) -> Tensor:
-    """() float64: no less than the sum of |gradient of f(logits)|; NaN if one of them is."""
+    """() float64: the fixed point for the gradient of f(logits); NaN if one of them is."""
     above = torch.zeros_like(lse) if dlse is None else dlse.abs()
+    if dprobs is not None:
+        above = above + 2 * dprobs.abs().amax(-1)
     if dloss is not None:
         hit = (target >= 0) & (target < num_classes)
         # each loss moves its weights to the target, or away from it: twice their sum
@@ -392,20 +435,25 @@ def _plif_ce_total(
     # the gradient of a row whose log-sum-exp is not finite is NaN
     finite = torch.where(lse.isfinite() | (above == 0), above, torch.nan)
     # a maximum has no order of additions
-    return finite.amax().double() * finite.numel() if finite.numel() else finite.sum()
+    largest = finite.amax() if finite.numel() else finite.sum()
+    return schema.fixed_point(largest.double() * finite.numel())
 
 
-def no_second_derivative(*_: Any) -> None:
+def _no_second_derivative(*_: Any) -> None:
     raise RuntimeError(
         "MonotonicPLIF: expected a first derivative only, got a backward of its backward"
     )
 
 
 for _op, _backward, _context in (
+    ("plif_tables", _plif_tables_backward, _plif_tables_context),
     ("plif_fwd", _plif_backward, _plif_context),
     ("plif_ce_fwd", _plif_ce_backward, _plif_ce_context),
-    ("plif_bwd", no_second_derivative, None),
-    ("plif_ce_bwd", no_second_derivative, None),
+    ("plif_topk_ce_fwd", _plif_topk_backward, _plif_topk_context),
+    ("plif_bwd", _no_second_derivative, None),
+    ("plif_ce_bwd", _no_second_derivative, None),
+    ("plif_topk_ce_bwd", _no_second_derivative, None),
+    ("plif_dslopes", _no_second_derivative, None),
 ):
     torch.library.register_autograd(f"sparse_ce::{_op}", _backward, setup_context=_context)
 

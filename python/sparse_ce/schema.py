@@ -31,6 +31,10 @@ bound], f(x) = slopes[i] x + offsets[i] in cell i, the end cells without end. Th
 (x + bound) * (K / (2 bound)) limited to [0, K - 1] (NaN to 0), its integer part, in the arithmetic
 of the statistics, which is the dtype of slopes (K) and offsets (K). The offsets follow from the
 slopes, f being continuous and f(0) = 0; they have no gradient of their own.
+    tables  w (K), any floating dtype
+            ->  slopes, softplus(w) rounded to the dtype of w and never 0, and offsets, in `dtype`
+    dslopes cells, outside and scale as of bwd
+            ->  the gradient of the slopes (K) in `dtype`, with what they are worth in the offsets
     fwd     x, any shape, contiguous
             ->  f(x), as x
     bwd     the gradient of f(x), as x, contiguous; scale () float64, or None for dx alone
@@ -45,6 +49,13 @@ slopes, f being continuous and f(0) = 0; they have no gradient of their own.
             ->  loss (N), lse (N), row_max (N), log_sum (N) = lse - row_max
     ce_bwd  reads the logits again
             ->  dlogits, cells and outside as of bwd, with the gradient of f(logits) for dy
+    topk_ce_fwd  f keeps the order, so the k largest are those of the logits: as topk_ce, with f
+            applied to them and to the target's
+            ->  loss, lse, indices and probs as of topk_ce on f(logits); values (N, k + 1), the
+                logits of the support and of the target, in the dtype of the statistics
+    topk_ce_bwd  does not read the logits again
+            ->  dlogits (N, V) in `dtype`, cells and outside as of bwd, with the gradient of
+                f(values), that of the target joined to the one in the support where it is there
 
 sparse_linear, the gradients of a linear layer whose logits have m non-zero gradients per row
     buffer   an uninitialised (rows, V) tensor for the logits of a chunk, as `like` is
@@ -107,6 +118,14 @@ SIGNATURES = {
         "float label_smoothing",
         "Tensor",
     ),
+    "plif_tables": (
+        "Tensor w, float bound, ScalarType dtype",
+        "(Tensor slopes, Tensor offsets)",
+    ),
+    "plif_dslopes": (
+        "Tensor cells, Tensor outside, Tensor scale, float bound, ScalarType dtype",
+        "Tensor",
+    ),
     "plif_fwd": ("Tensor x, Tensor slopes, Tensor offsets, float bound", "Tensor"),
     "plif_bwd": (
         "Tensor dy, Tensor x, Tensor slopes, float bound, Tensor? scale",
@@ -121,6 +140,17 @@ SIGNATURES = {
         "Tensor? dloss, Tensor? dlse, Tensor logits, Tensor target, Tensor row_max, "
         "Tensor log_sum, Tensor? weight, Tensor slopes, Tensor offsets, float bound, "
         "float label_smoothing, Tensor? scale",
+        "(Tensor dlogits, Tensor cells, Tensor outside)",
+    ),
+    "plif_topk_ce_fwd": (
+        "Tensor logits, Tensor target, Tensor? weight, Tensor slopes, Tensor offsets, float bound, "
+        "SymInt k, float label_smoothing",
+        "(Tensor loss, Tensor lse, Tensor indices, Tensor probs, Tensor values)",
+    ),
+    "plif_topk_ce_bwd": (
+        "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor target, Tensor indices, Tensor probs, "
+        "Tensor values, Tensor? weight, Tensor slopes, float bound, float label_smoothing, "
+        "SymInt num_classes, ScalarType dtype, Tensor? scale",
         "(Tensor dlogits, Tensor cells, Tensor outside)",
     ),
     "sparse_linear_buffer": ("Tensor like, SymInt rows, SymInt num_classes", "Tensor"),
@@ -143,24 +173,12 @@ SIGNATURES = {
     ),
 }
 
-# Compositions of the operators above, the same on every backend; implemented in linear.py, and in
-# plif.py those of plif.
+# Compositions of the operators above, the same on every backend; implemented in linear.py.
 _LINEAR = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, SymInt k, "
     "float label_smoothing, ScalarType dtype, SymInt chunk_rows"
 )
 COMPOSITIONS = {
-    "plif_topk_ce_fwd": (
-        "Tensor logits, Tensor target, Tensor? weight, Tensor slopes, Tensor offsets, float bound, "
-        "SymInt k, float label_smoothing",
-        "(Tensor loss, Tensor lse, Tensor indices, Tensor probs, Tensor values)",
-    ),
-    "plif_topk_ce_bwd": (
-        "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor target, Tensor indices, Tensor probs, "
-        "Tensor values, Tensor? weight, Tensor slopes, float bound, float label_smoothing, "
-        "SymInt num_classes, ScalarType dtype, bool needed",
-        "(Tensor dlogits, Tensor dslopes)",
-    ),
     "topk_linear_ce_fwd": (
         f"{_LINEAR}, bool sparse",
         "(Tensor loss, Tensor lse, Tensor indices, Tensor probs)",
@@ -185,6 +203,15 @@ COMPOSITIONS = {
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the statistics of logits in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fixed_point(total: torch.Tensor) -> torch.Tensor:
+    """() float64: the power of two that takes a sum of at most `total` to integers of 2^60 at most.
+
+    Integers, unlike floats, add up to the same bits in any order. Of NaN and infinity the scale is
+    NaN, and so is what is divided by it.
+    """
+    return torch.exp2(60 - total.double().clamp(min=2.0**-900).log2().ceil()) + 0 * total
 
 
 # The library is loaded before the definitions: a stale one that brings implementations of other
