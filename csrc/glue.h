@@ -257,8 +257,8 @@ CosineBackward cosine_backward_arguments(const Tensor& dloss, const Tensor& outp
   return arguments;
 }
 
-// Of plif. A line lies in one place of the cache: slope beside offset.
-inline Tensor lines_of(const Tensor& slopes, const Tensor& offsets, const Tensor& x) {
+// Of plif.
+inline void check_lines(const Tensor& slopes, const Tensor& offsets, const Tensor& x) {
   TORCH_CHECK(slopes.dim() == 1 && slopes.size(0) > 0 && slopes.sizes() == offsets.sizes(),
               "slopes: expected (K,) beside offsets of the same shape, got ", slopes.sizes(),
               " and ", offsets.sizes());
@@ -266,6 +266,11 @@ inline Tensor lines_of(const Tensor& slopes, const Tensor& offsets, const Tensor
                   (slopes.scalar_type() == at::kDouble || slopes.scalar_type() == at::kFloat),
               "slopes: expected float32, float64 beside float64 alone, got ", slopes.scalar_type(),
               " beside ", x.scalar_type());
+}
+
+// A line lies in one place of the cache: slope beside offset.
+inline Tensor lines_of(const Tensor& slopes, const Tensor& offsets, const Tensor& x) {
+  check_lines(slopes, offsets, x);
   return at::stack({slopes, offsets}, -1);
 }
 

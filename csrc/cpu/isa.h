@@ -17,6 +17,9 @@ struct Isa {
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*threshold_forward)(const ThresholdForward&, int64_t begin, int64_t end);
   void (*threshold_backward)(const ThresholdBackward&, int64_t begin, int64_t end);
+  void (*plif_slopes)(const PlifSlopes&, int64_t begin, int64_t end);  // cells
+  void (*plif_topk_forward)(const PlifTopkForward&, int64_t begin, int64_t end);
+  void (*plif_topk_backward)(const PlifTopkBackward&, int64_t begin, int64_t end);
   void (*plif_forward)(const PlifForward&, int64_t begin, int64_t end);  // elements
   void (*plif_backward)(const PlifBackward&, const PlifSums&, int64_t begin, int64_t end);
   void (*plif_ce_forward)(const PlifCeForward&, int64_t begin, int64_t end);

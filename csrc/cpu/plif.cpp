@@ -21,12 +21,19 @@ namespace {
 // About 16 Ki exponentials per task.
 int64_t grain(int64_t classes) { return std::max<int64_t>(1, 16384 / classes); }
 
+// (N, 2) -> (2), in one order.
+Tensor sum_of_rows(const std::vector<double>& rows) {
+  const Tensor sums = at::zeros({2}, at::kDouble);
+  double* sum = sums.mutable_data_ptr<double>();
+  for (size_t i = 0; i < rows.size(); ++i) sum[i % 2] += rows[i];
+  return sums;
+}
+
 // Runs `part(sums, begin, end)` over the rows, and adds up what it found in cells and outside.
 template <class Part>
 std::tuple<Tensor, Tensor> sums_over(int64_t rows, int64_t grain, int64_t cells,
                                      const std::optional<Tensor>& scale, Part part) {
   const Tensor total = at::zeros({scale ? cells : 0, 2}, at::kLong);
-  const Tensor outside = at::zeros({2}, at::kDouble);
   std::vector<double> outside_rows(2 * rows);
   const double factor = scale ? scale->item<double>() : 0;
   int64_t* sum = total.mutable_data_ptr<int64_t>();
@@ -41,10 +48,89 @@ std::tuple<Tensor, Tensor> sums_over(int64_t rows, int64_t grain, int64_t cells,
     // integers: the sum does not know who came first
     for (size_t i = 0; i < own.size(); ++i) sum[i] += own[i];
   });
-  double* ends = outside.mutable_data_ptr<double>();
-  for (int64_t n = 0; n < rows; ++n)
-    for (int side = 0; side < 2; ++side) ends[side] += outside_rows[2 * n + side];
-  return {total, outside};
+  return {total, sum_of_rows(outside_rows)};
+}
+
+// Slopes, and with them offsets: f(0) = 0, and at the knot between two cells their lines meet. Added up from the middle, in one order.
+std::tuple<Tensor, Tensor> plif_tables(const Tensor& w, double bound, at::ScalarType dtype) {
+  const auto options = w.options().dtype(dtype);
+  const Tensor learnt = w.contiguous(), slopes = at::empty(w.sizes(), options),
+               offsets = at::empty(w.sizes(), options);
+  const cpu::PlifSlopes arguments{learnt.const_data_ptr(), dtype_of<cpu::Dtype>(w.scalar_type()),
+                                  slopes.data_ptr(), dtype == at::kDouble};
+  const int64_t cells = w.size(0);
+  const auto run = cpu::isa().plif_slopes;
+  at::parallel_for(0, cells, 16384,
+                   [&](int64_t begin, int64_t end) { run(arguments, begin, end); });
+  const auto add = [&](const auto* slope, auto* offset) {
+    using T = std::remove_reference_t<decltype(*offset)>;
+    const int64_t middle = cells / 2;
+    const double unit = bound / static_cast<double>(cells);
+    // offset of cell i - offset of cell i - 1
+    const auto step = [&](int64_t i) {
+      return (static_cast<double>(slope[i - 1]) - slope[i]) *
+             (unit * static_cast<double>(2 * i - cells));
+    };
+    offset[middle] = 0;
+    const auto half = [&](bool right) {
+      double sum = 0;
+      if (right)
+        for (int64_t i = middle + 1; i < cells; ++i) offset[i] = static_cast<T>(sum += step(i));
+      else
+        for (int64_t i = middle; i > 0; --i) offset[i - 1] = static_cast<T>(sum -= step(i));
+    };
+    at::parallel_for(0, 2, cells < 16384 ? 2 : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t side = begin; side < end; ++side) half(side != 0);
+    });
+  };
+  if (dtype == at::kDouble)
+    add(slopes.const_data_ptr<double>(), offsets.mutable_data_ptr<double>());
+  else
+    add(slopes.const_data_ptr<float>(), offsets.mutable_data_ptr<float>());
+  return {slopes, offsets};
+}
+
+// The formula stands in python/sparse_ce/ops.py.
+Tensor plif_dslopes(const Tensor& cells, const Tensor& outside, const Tensor& scale, double bound,
+                    at::ScalarType dtype) {
+  constexpr int64_t kPiece = 16384;
+  const int64_t count = cells.size(0), middle = count / 2, pieces = (count - 1) / kPiece + 1;
+  const Tensor dslopes = at::empty({count}, outside.options().dtype(dtype));
+  const int64_t* sums = cells.const_data_ptr<int64_t>();
+  const double* ends = outside.const_data_ptr<double>();
+  std::vector<int64_t> before(pieces + 1);
+  const auto over_pieces = [&](auto part) {
+    at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) part(p, p * kPiece, std::min(count, (p + 1) * kPiece));
+    });
+  };
+  over_pieces([&](int64_t p, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) before[p + 1] += sums[2 * i];
+  });
+  for (int64_t p = 0; p < pieces; ++p) before[p + 1] += before[p];
+  const int64_t total = before[pieces];
+  const double width = 2 * bound / static_cast<double>(count) / scale.item<double>();
+  const auto fill = [&](auto* out) {
+    using T = std::remove_reference_t<decltype(*out)>;
+    over_pieces([&](int64_t p, int64_t begin, int64_t end) {
+      int64_t passed = before[p];
+      for (int64_t i = begin; i < end; ++i) {
+        passed += sums[2 * i];
+        double sum = static_cast<double>(sums[2 * i + 1] - passed + (i < middle ? 0 : total));
+        // the cell around 0
+        if (i == middle && count % 2 != 0) sum -= static_cast<double>(total) / 2;
+        sum *= width;
+        if (i == 0) sum += ends[0];
+        if (i == count - 1) sum += ends[1];
+        out[i] = static_cast<T>(sum);
+      }
+    });
+  };
+  if (dtype == at::kDouble)
+    fill(dslopes.mutable_data_ptr<double>());
+  else
+    fill(dslopes.mutable_data_ptr<float>());
+  return dslopes;
 }
 
 Tensor plif_fwd(const Tensor& x, const Tensor& slopes, const Tensor& offsets, double bound) {
@@ -68,6 +154,61 @@ PlifGradients plif_bwd(const Tensor& dy, const Tensor& x, const Tensor& slopes, 
   const auto [cells, outside] = sums_over(pieces, grain, slopes.size(0), scale,
                                           [&](auto&&... rest) { backward(arguments, rest...); });
   return {dx, cells, outside};
+}
+
+// loss, lse, indices, probs, values
+using ListOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+int64_t list_grain(int64_t classes) { return std::max<int64_t>(1, 65536 / classes); }
+
+cpu::PlifColumns columns_of(const Tensor& slopes, const Tensor& offsets, double bound) {
+  return {slopes.const_data_ptr(), offsets.const_data_ptr(), slopes.size(0), bound};
+}
+
+ListOutputs plif_topk_ce_fwd(const Tensor& logits, const Tensor& target,
+                             const std::optional<Tensor>& weight, const Tensor& slopes,
+                             const Tensor& offsets, double bound, int64_t k,
+                             double label_smoothing) {
+  check_lines(slopes, offsets, logits);
+  const Outputs outputs = empty_outputs(logits, k);
+  auto shape = target.sizes().vec();
+  shape.push_back(k + 1);
+  const Tensor values = at::empty(shape, statistics_of(logits));
+  cpu::PlifTopkForward arguments{
+      forward_arguments<cpu::Forward>(logits, target, weight, k, label_smoothing, outputs),
+      columns_of(slopes, offsets, bound), values.data_ptr()};
+  arguments.list.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
+  const auto forward = cpu::isa().plif_topk_forward;
+  at::parallel_for(0, target.numel(), list_grain(logits.size(-1)),
+                   [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
+  return std::tuple_cat(outputs, std::tuple(values));
+}
+
+PlifGradients plif_topk_ce_bwd(const std::optional<Tensor>& dloss,
+                               const std::optional<Tensor>& dlse,
+                               const std::optional<Tensor>& dprobs, const Tensor& target,
+                               const Tensor& indices, const Tensor& probs, const Tensor& values,
+                               const std::optional<Tensor>& weight, const Tensor& slopes,
+                               double bound, double label_smoothing, int64_t num_classes,
+                               at::ScalarType dtype, const std::optional<Tensor>& scale) {
+  auto shape = probs.sizes().vec();
+  shape.back() = num_classes;
+  const Tensor dlogits = cpu::empty_gradient(shape, dtype);
+  const auto dloss_rows = contiguous(dloss), dlse_rows = contiguous(dlse),
+             dprobs_rows = contiguous(dprobs);
+  const Tensor cells = at::zeros({scale ? slopes.size(0) : 0, 2}, at::kLong);
+  std::vector<double> outside_rows(2 * target.numel());
+  const cpu::PlifTopkBackward arguments{
+      backward_arguments<cpu::Backward>(dloss_rows, dlse_rows, dprobs_rows, target, indices, probs,
+                                        weight, label_smoothing, dlogits),
+      columns_of(slopes, slopes, bound),
+      values.const_data_ptr(),
+      {scale ? cells.mutable_data_ptr<int64_t>() : nullptr, outside_rows.data(),
+       scale ? scale->item<double>() : 0}};
+  const auto backward = cpu::isa().plif_topk_backward;
+  at::parallel_for(0, target.numel(), list_grain(num_classes),
+                   [&](int64_t begin, int64_t end) { backward(arguments, begin, end); });
+  return {dlogits, cells, sum_of_rows(outside_rows)};
 }
 
 Outputs plif_ce_fwd(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
@@ -107,6 +248,10 @@ PlifGradients plif_ce_bwd(const std::optional<Tensor>& dloss, const std::optiona
 }  // namespace sparse_ce
 
 TORCH_LIBRARY_IMPL(sparse_ce_native, CPU, m) {
+  m.impl("plif_tables", sparse_ce::plif_tables);
+  m.impl("plif_dslopes", sparse_ce::plif_dslopes);
+  m.impl("plif_topk_ce_fwd", sparse_ce::plif_topk_ce_fwd);
+  m.impl("plif_topk_ce_bwd", sparse_ce::plif_topk_ce_bwd);
   m.impl("plif_fwd", sparse_ce::plif_fwd);
   m.impl("plif_bwd", sparse_ce::plif_bwd);
   m.impl("plif_ce_fwd", sparse_ce::plif_ce_fwd);

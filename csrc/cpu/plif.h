@@ -1,7 +1,7 @@
 // What the CPU kernels of plif take. T is float, or double for f64 data.
 #pragma once
 
-#include "rows.h"
+#include "topk_ce.h"
 
 namespace sparse_ce::cpu {
 
@@ -12,11 +12,27 @@ struct Plif {
   double bound;
 };
 
-// What the gradient of the slopes is made of. Integers: threads add to theirs in any order.
+// The same in columns, where few look-ups are not worth an array of their own.
+struct PlifColumns {
+  const void* slopes;   // (cells) T
+  const void* offsets;  // (cells) T
+  int64_t cells;
+  double bound;
+};
+
+// What the gradient of the slopes is made of. Integers: threads add in any order.
 struct PlifSums {
   int64_t* cells;   // (cells, 2), added to; or null, where nobody needs them
   double* outside;  // (N, 2), of a row left of -bound and right of bound
   double scale;
+};
+
+// Slopes from what is learnt.
+struct PlifSlopes {
+  const void* w;  // (cells)
+  Dtype dtype;
+  void* slopes;  // (cells)
+  bool wide;     // double, else float
 };
 
 // f, element by element.
@@ -38,6 +54,20 @@ struct PlifBackward {
   Dtype dtype;
   int64_t elements;
   void* dx;  // as x
+};
+
+// The k largest logits and the target's.
+struct PlifTopkForward {
+  Forward list;
+  PlifColumns f;
+  void* values;  // (N, k + 1)
+};
+
+struct PlifTopkBackward {
+  Backward list;
+  PlifColumns f;       // without offsets
+  const void* values;  // (N, k + 1)
+  PlifSums sums;       // cells that all threads share
 };
 
 // The dense softmax of f(logits).

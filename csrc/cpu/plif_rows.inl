@@ -1,22 +1,73 @@
-// The kernels of plif, included by each simd_*.cpp. They share the sums of threshold_ce: with f(x) = x the results are the same to
-// the last bit. A logit is looked up, in the first or second cache, each time that it is read; its cell and f(x) are
-// never stored.
+// The kernels of plif, included by each simd_*.cpp. They share the sums of threshold_ce and the lists of topk_ce: with f(x) = x the
+// results are the same to the last bit. A logit is looked up, in the first or second cache, each time that it is read; its
+// cell and f(x) are never stored.
 #include "threshold_ce_rows.inl"
+#include "topk_ce_rows.inl"
 
-template <class T> struct Link {
-  const T* lines;
-  int64_t cells;
+// log(1 + e^x) to 12 digits, branch-free so that the compiler vectorises a loop over it.
+inline double softplus(double x) {
+  const double a = std::min(std::abs(x), 700.0);
+  const double rounder = 6755399441055744.0;  // 1.5 * 2^52, as in exp_nonpositive
+  const double shifted = a * -1.4426950408889634 + rounder;
+  const double n = shifted - rounder;
+  const double r = -a - n * 0.6931471805599453;
+  double p = 1.0 / 3628800;
+  for (const double factorial : {362880., 40320., 5040., 720., 120., 24., 6., 2., 1., 1.})
+    p = p * r + 1 / factorial;
+  const int64_t e = Format<Dtype::f64>::bits(shifted) - Format<Dtype::f64>::bits(rounder);
+  const double u =
+      p * Format<Dtype::f64>::value(static_cast<int64_t>(static_cast<uint64_t>(e + 1023) << 52));
+  // log(1 + u) = 2 artanh(u / (2 + u))
+  const double s = u / (2 + u), t = s * s;
+  double sum = 1.0 / 25;
+  for (const double odd : {23., 21., 19., 17., 15., 13., 11., 9., 7., 5., 3., 1.})
+    sum = sum * t + 1 / odd;
+  return std::max(x, 0.0) + 2 * s * sum;
+}
+
+template <Dtype D, class T> void plif_slopes_of(const PlifSlopes& a, int64_t begin, int64_t end) {
+  using F = Format<D>;
+  const auto* w = static_cast<const typename F::Key*>(a.w);
+  auto* slopes = static_cast<T*>(a.slopes);
+  double x[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t count = std::min(kBlock, end - first);
+    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<double>(F::value(w[first + i]));
+    if constexpr (D == Dtype::f64)
+      for (int64_t i = 0; i < count; ++i)
+        x[i] = std::max(x[i], 0.0) + std::log1p(std::exp(-std::abs(x[i])));
+    else
+      for (int64_t i = 0; i < count; ++i) x[i] = softplus(x[i]);
+    // that of the start, which is rounded too, is then 1 and not next to it; none is 0
+    for (int64_t i = 0; i < count; ++i)
+      slopes[first + i] =
+          static_cast<T>(F::value(F::bits(static_cast<typename F::Statistic>(x[i])))) +
+          std::numeric_limits<T>::min();
+  }
+}
+
+// STRIDE: of slopes and offsets, 2 where a line lies in one place of the cache.
+template <class T, int STRIDE> struct Link {
+  const T *slopes, *offsets;
   T bound, rate, last;
   double wide_bound, wide_rate;
 
   explicit Link(const Plif& f)
-      : lines(static_cast<const T*>(f.lines)),
-        cells(f.cells),
-        bound(static_cast<T>(f.bound)),
-        rate(static_cast<T>(static_cast<double>(f.cells) / (2 * f.bound))),
-        last(static_cast<T>(f.cells - 1)),
-        wide_bound(f.bound),
-        wide_rate(static_cast<double>(f.cells) / (2 * f.bound)) {}
+      : Link(static_cast<const T*>(f.lines), static_cast<const T*>(f.lines) + 1, f.cells, f.bound) {
+    static_assert(STRIDE == 2);
+  }
+  explicit Link(const PlifColumns& f)
+      : Link(static_cast<const T*>(f.slopes), static_cast<const T*>(f.offsets), f.cells, f.bound) {
+    static_assert(STRIDE == 1);
+  }
+  Link(const T* slopes_, const T* offsets_, int64_t cells, double bound_)
+      : slopes(slopes_),
+        offsets(offsets_),
+        bound(static_cast<T>(bound_)),
+        rate(static_cast<T>(static_cast<double>(cells) / (2 * bound_))),
+        last(static_cast<T>(cells - 1)),
+        wide_bound(bound_),
+        wide_rate(static_cast<double>(cells) / (2 * bound_)) {}
 
   void find(const T* x, int64_t count, int32_t* cell) const {
     for (int64_t i = 0; i < count; ++i) {
@@ -28,18 +79,19 @@ template <class T> struct Link {
   }
   void apply(const int32_t* cell, T* x, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      const T* line = lines + 2 * static_cast<int64_t>(cell[i]);
-      x[i] = line[0] * x[i] + line[1];
+      const int64_t at = STRIDE * static_cast<int64_t>(cell[i]);
+      x[i] = slopes[at] * x[i] + offsets[at];
     }
   }
   // g becomes f'(x) g.
   void differentiate(const int32_t* cell, T* g, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) g[i] *= lines[2 * static_cast<int64_t>(cell[i])];
+    for (int64_t i = 0; i < count; ++i) g[i] *= slopes[STRIDE * static_cast<int64_t>(cell[i])];
   }
 
-  // Adds up to kBlock gradients of f(x).
-  void add(const T* g, const T* x, const int32_t* cell, int64_t count, const PlifSums& sums,
-           double* outside) const {
+  // Adds up to kBlock gradients of f(x); SHARED, to cells that other threads add to as well.
+  template <bool SHARED = false> void add(const T* g, const T* x, const int32_t* cell,
+                                          int64_t count, const PlifSums& sums,
+                                          double* outside) const {
     int64_t mass[kBlock], moment[kBlock];
     int32_t beyond = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -54,8 +106,13 @@ template <class T> struct Link {
       beyond += !(x[i] >= -bound) | static_cast<int32_t>(x[i] > bound);
     for (int64_t i = 0; i < count; ++i) {
       int64_t* sum = sums.cells + 2 * static_cast<int64_t>(cell[i]);
-      sum[0] += mass[i];
-      sum[1] += moment[i];
+      if constexpr (SHARED) {
+        __atomic_fetch_add(sum, mass[i], __ATOMIC_RELAXED);
+        __atomic_fetch_add(sum + 1, moment[i], __ATOMIC_RELAXED);
+      } else {
+        sum[0] += mass[i];
+        sum[1] += moment[i];
+      }
     }
     if (beyond == 0) return;
     for (int64_t i = 0; i < count; ++i) {
@@ -72,7 +129,7 @@ template <class T> struct Link {
 template <Dtype D> void plif_forward_of(const PlifForward& a, int64_t begin, int64_t end) {
   using F = Format<D>;
   using T = typename F::Statistic;
-  const Link<T> f(a.f);
+  const Link<T, 2> f(a.f);
   const auto* x = static_cast<const typename F::Key*>(a.x);
   auto* y = static_cast<typename F::Key*>(a.y);
   T z[kBlock];
@@ -90,7 +147,7 @@ template <Dtype D>
 void plif_backward_of(const PlifBackward& a, const PlifSums& sums, int64_t begin, int64_t end) {
   using F = Format<D>;
   using T = typename F::Statistic;
-  const Link<T> f(a.f);
+  const Link<T, 2> f(a.f);
   const auto* x = static_cast<const typename F::Key*>(a.x);
   const auto* dy = static_cast<const typename F::Key*>(a.dy);
   auto* dx = static_cast<typename F::Key*>(a.dx);
@@ -112,11 +169,63 @@ void plif_backward_of(const PlifBackward& a, const PlifSums& sums, int64_t begin
   }
 }
 
+// f on the lists of topk_ce: see Unchanged there.
+template <class T> struct ListForward {
+  Link<T, 1> f;
+  int64_t k;
+  T* values;
+  void apply(int64_t n, T* z, T& z_y) const {
+    T* row = values + n * (k + 1);
+    int32_t cell[kBlock];
+    std::copy_n(z, k, row);
+    row[k] = z_y;
+    for (int64_t first = 0; first < k; first += kBlock) {
+      const int64_t count = std::min(kBlock, k - first);
+      f.find(z + first, count, cell);
+      f.apply(cell, z + first, count);
+    }
+    f.find(&z_y, 1, cell);
+    f.apply(cell, &z_y, 1);
+  }
+};
+
+template <class T> struct ListBackward {
+  Link<T, 1> f;
+  int64_t k;
+  const T* values;
+  const PlifSums& sums;
+  void differentiate(int64_t n, T* g, bool finite) const {
+    const T* row = values + n * (k + 1);
+    int32_t cell[kBlock];
+    for (int64_t first = 0; first <= k; first += kBlock) {
+      const int64_t count = std::min(kBlock, k + 1 - first);
+      f.find(row + first, count, cell);
+      if (sums.cells && finite)
+        f.template add<true>(g + first, row + first, cell, count, sums, sums.outside + 2 * n);
+      f.differentiate(cell, g + first, count);
+    }
+  }
+};
+
+template <Dtype D>
+void plif_topk_forward_rows(const PlifTopkForward& a, int64_t begin, int64_t end) {
+  using T = typename Format<D>::Statistic;
+  const ListForward<T> f{Link<T, 1>(a.f), a.list.k, static_cast<T*>(a.values)};
+  forward_rows<D>(a.list, begin, end, f);
+}
+
+template <Dtype D>
+void plif_topk_backward_rows(const PlifTopkBackward& a, int64_t begin, int64_t end) {
+  using T = typename Format<D>::Statistic;
+  const ListBackward<T> f{Link<T, 1>(a.f), a.list.k, static_cast<const T*>(a.values), a.sums};
+  backward_rows<D>(a.list, begin, end, f);
+}
+
 template <Dtype D> void plif_ce_forward_rows(const PlifCeForward& a, int64_t begin, int64_t end) {
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
-  const Link<T> f(a.f);
+  const Link<T, 2> f(a.f);
   const int64_t classes = a.logits.classes;
   const T* weight = static_cast<const T*>(a.weight);
   const bool smoothed = a.label_smoothing != 0;
@@ -160,7 +269,7 @@ template <Dtype D> void plif_ce_backward_rows(const PlifCeBackward& a, const Pli
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
-  const Link<T> f(a.f);
+  const Link<T, 2> f(a.f);
   const int64_t classes = a.logits.classes;
   const T* weight = static_cast<const T*>(a.weight);
   T x[kBlock], z[kBlock], g[kBlock];
@@ -209,6 +318,40 @@ template <Dtype D> void plif_ce_backward_rows(const PlifCeBackward& a, const Pli
       }
     }
     std::copy_n(outside, 2, sums.outside + 2 * n);
+  }
+}
+
+inline void plif_slopes(const PlifSlopes& a, int64_t begin, int64_t end) {
+  const auto run = [&](auto of_float, auto of_double) {
+    return a.wide ? of_double(a, begin, end) : of_float(a, begin, end);
+  };
+  switch (a.dtype) {
+    case Dtype::f32:
+      return run(plif_slopes_of<Dtype::f32, float>, plif_slopes_of<Dtype::f32, double>);
+    case Dtype::bf16:
+      return run(plif_slopes_of<Dtype::bf16, float>, plif_slopes_of<Dtype::bf16, double>);
+    case Dtype::f16:
+      return run(plif_slopes_of<Dtype::f16, float>, plif_slopes_of<Dtype::f16, double>);
+    case Dtype::f64:
+      return run(plif_slopes_of<Dtype::f64, float>, plif_slopes_of<Dtype::f64, double>);
+  }
+}
+
+inline void plif_topk_forward(const PlifTopkForward& a, int64_t begin, int64_t end) {
+  switch (a.list.logits.dtype) {
+    case Dtype::f32: return plif_topk_forward_rows<Dtype::f32>(a, begin, end);
+    case Dtype::bf16: return plif_topk_forward_rows<Dtype::bf16>(a, begin, end);
+    case Dtype::f16: return plif_topk_forward_rows<Dtype::f16>(a, begin, end);
+    case Dtype::f64: return plif_topk_forward_rows<Dtype::f64>(a, begin, end);
+  }
+}
+
+inline void plif_topk_backward(const PlifTopkBackward& a, int64_t begin, int64_t end) {
+  switch (a.list.dtype) {
+    case Dtype::f32: return plif_topk_backward_rows<Dtype::f32>(a, begin, end);
+    case Dtype::bf16: return plif_topk_backward_rows<Dtype::bf16>(a, begin, end);
+    case Dtype::f16: return plif_topk_backward_rows<Dtype::f16>(a, begin, end);
+    case Dtype::f64: return plif_topk_backward_rows<Dtype::f64>(a, begin, end);
   }
 }
 

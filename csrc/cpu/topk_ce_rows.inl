@@ -15,6 +15,9 @@
 // because later elements lose a tie.
 //
 // Backward: zeros, then at most k + 1 stores per row.
+//
+// Both for an increasing function of the logits too, see plif_rows.inl: it keeps the order, so that only step 5 knows of it.
+#pragma once
 
 // --- candidates ----------------------------------------------------------------------------------------------------
 
@@ -352,7 +355,15 @@ int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
 
 // --- forward -------------------------------------------------------------------------------------------------------
 
-template <Dtype D> void forward_rows(const Forward& a, int64_t begin, int64_t end) {
+struct Unchanged {
+  // The logits of a row, sorted, and the target's become f of them.
+  template <class T> void apply(int64_t, T*, T&) const {}
+  // The gradients of f of them become those of the logits. Where `finite` is false they are NaN.
+  template <class T> void differentiate(int64_t, T*, bool) const {}
+};
+
+template <Dtype D, class Curve>
+void forward_rows(const Forward& a, int64_t begin, int64_t end, const Curve& f) {
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
@@ -365,7 +376,8 @@ template <Dtype D> void forward_rows(const Forward& a, int64_t begin, int64_t en
   // Rows are finished some at a time: long loops over whole steps, which have no remainder to run one by one.
   constexpr int64_t step = 16;
   const int64_t steps = (k + step - 1) / step * step, block = std::max<int64_t>(1, 512 / steps);
-  std::vector<T> shifted(block * steps), exponentials(block * steps), maxima(block);
+  std::vector<T> shifted(block * steps), exponentials(block * steps), maxima(block),
+      at_target(block);
   std::vector<double> sums(block);
   for (int64_t first = begin; first < end; first += block) {
     const int64_t rows = std::min(block, end - first);
@@ -382,8 +394,11 @@ template <Dtype D> void forward_rows(const Forward& a, int64_t begin, int64_t en
         return F::value(key ^ (key >> (8 * sizeof(key) - 1) & std::numeric_limits<Key>::max()));
       };
       T* out = shifted.data() + r * steps;
-      const T row_max = maxima[r] = value(0);
-      for (int64_t i = 0; i < steps; ++i) out[i] = value(i) - row_max;
+      for (int64_t i = 0; i < steps; ++i) out[i] = value(i);
+      at_target[r] = F::value(x[std::clamp<int64_t>(a.target[first + r], 0, classes - 1)]);
+      f.apply(first + r, out, at_target[r]);
+      const T row_max = maxima[r] = out[0];
+      for (int64_t i = 0; i < steps; ++i) out[i] -= row_max;
       for (int64_t i = k; i < steps; ++i) out[i] = -std::numeric_limits<T>::infinity();
     }
     for (int64_t i = 0; i < rows * steps; ++i) exponentials[i] = exp_nonpositive(shifted[i]);
@@ -406,7 +421,7 @@ template <Dtype D> void forward_rows(const Forward& a, int64_t begin, int64_t en
       double loss = std::numeric_limits<double>::quiet_NaN();
       if (y >= 0 && y < classes) {
         // the maximum leaves both terms before they meet: m + log l - z_y would cancel at large offsets
-        loss = log_sum - (static_cast<double>(F::value(row(n)[y])) - maxima[r]);
+        loss = log_sum - (static_cast<double>(at_target[r]) - maxima[r]);
         if (weight) loss *= weight[y];
         if (a.label_smoothing != 0) {
           double spread = 0;
@@ -424,12 +439,14 @@ template <Dtype D> void forward_rows(const Forward& a, int64_t begin, int64_t en
 
 // --- backward ------------------------------------------------------------------------------------------------------
 
-template <Dtype D> void backward_rows(const Backward& a, int64_t begin, int64_t end) {
+template <Dtype D, class Curve>
+void backward_rows(const Backward& a, int64_t begin, int64_t end, const Curve& f) {
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
   const int64_t k = a.k;
   const T* weight = static_cast<const T*>(a.weight);
+  std::vector<T> gradients(k + 1);
   for (int64_t n = begin; n < end; ++n) {
     Key* row = static_cast<Key*>(a.dlogits) + n * a.classes;
     std::memset(row, 0, a.classes * sizeof(Key));
@@ -450,7 +467,7 @@ template <Dtype D> void backward_rows(const Backward& a, int64_t begin, int64_t 
       for (int64_t i = 0; i < k; ++i) share += spread * (weight ? weight[indices[i]] : T{1});
     if (q)
       for (int64_t i = 0; i < k; ++i) share -= q[i] == 0 ? 0 : static_cast<double>(q[i]) * p[i];
-    bool seen = false;
+    bool outside = hit;
     for (int64_t i = 0; i < k; ++i) {
       const double factor = q ? share + q[i] : share;
       double g = factor == 0
@@ -459,28 +476,31 @@ template <Dtype D> void backward_rows(const Backward& a, int64_t begin, int64_t 
       if (spread != 0) g -= spread * (weight ? weight[indices[i]] : T{1});
       if (hit && indices[i] == y) {
         g -= at_target;
-        seen = true;
+        outside = false;
       }
-      row[indices[i]] = F::bits(static_cast<T>(g));
+      gradients[i] = static_cast<T>(g);
     }
-    if (hit && !seen) row[y] = F::bits(static_cast<T>(-at_target));
+    gradients[k] = outside ? static_cast<T>(-at_target) : T{0};
+    f.differentiate(n, gradients.data(), std::isfinite(p[0]));
+    for (int64_t i = 0; i < k; ++i) row[indices[i]] = F::bits(gradients[i]);
+    if (outside) row[y] = F::bits(gradients[k]);
   }
 }
 
 inline void forward(const Forward& a, int64_t begin, int64_t end) {
   switch (a.logits.dtype) {
-    case Dtype::f32: return forward_rows<Dtype::f32>(a, begin, end);
-    case Dtype::bf16: return forward_rows<Dtype::bf16>(a, begin, end);
-    case Dtype::f16: return forward_rows<Dtype::f16>(a, begin, end);
-    case Dtype::f64: return forward_rows<Dtype::f64>(a, begin, end);
+    case Dtype::f32: return forward_rows<Dtype::f32>(a, begin, end, Unchanged{});
+    case Dtype::bf16: return forward_rows<Dtype::bf16>(a, begin, end, Unchanged{});
+    case Dtype::f16: return forward_rows<Dtype::f16>(a, begin, end, Unchanged{});
+    case Dtype::f64: return forward_rows<Dtype::f64>(a, begin, end, Unchanged{});
   }
 }
 
 inline void backward(const Backward& a, int64_t begin, int64_t end) {
   switch (a.dtype) {
-    case Dtype::f32: return backward_rows<Dtype::f32>(a, begin, end);
-    case Dtype::bf16: return backward_rows<Dtype::bf16>(a, begin, end);
-    case Dtype::f16: return backward_rows<Dtype::f16>(a, begin, end);
-    case Dtype::f64: return backward_rows<Dtype::f64>(a, begin, end);
+    case Dtype::f32: return backward_rows<Dtype::f32>(a, begin, end, Unchanged{});
+    case Dtype::bf16: return backward_rows<Dtype::bf16>(a, begin, end, Unchanged{});
+    case Dtype::f16: return backward_rows<Dtype::f16>(a, begin, end, Unchanged{});
+    case Dtype::f64: return backward_rows<Dtype::f64>(a, begin, end, Unchanged{});
   }
 }
