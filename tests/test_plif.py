@@ -592,6 +592,7 @@ def test_opcheck(subject, shape, learns):
 
     tables = (slope_leaf, offsets, 3.0)
     check(ops.plif_tables, link.w, 3.0, torch.float32)
+    check(ops.plif_scale, above, None, None, y, weight, torch.zeros_like(above), 11)
     if learns:
         _, *sums = ops.plif_bwd(z, z, slopes, 3.0, scale, backend)
         check(ops.plif_dslopes, *sums, scale, 3.0, torch.float32)
@@ -690,4 +691,4 @@ def test_every_operator_is_here():
     names = {name for name in (*schema.SIGNATURES, *schema.COMPOSITIONS) if "plif" in name}
     forms = {"plif", "plif_ce", "plif_topk_ce"}
     passes = {f"{form}_{way}" for form in forms for way in ("fwd", "bwd")}
-    assert names == passes | {"plif_tables", "plif_dslopes"}
+    assert names == passes | {"plif_tables", "plif_scale", "plif_dslopes"}

@@ -19,7 +19,8 @@ struct Isa {
   void (*threshold_backward)(const ThresholdBackward&, int64_t begin, int64_t end);
   void (*plif_slopes)(const PlifSlopes&, int64_t begin, int64_t end);  // cells
   void (*plif_topk_forward)(const PlifTopkForward&, int64_t begin, int64_t end);
-  void (*plif_topk_backward)(const PlifTopkBackward&, int64_t begin, int64_t end);
+  // null where nobody needs them; room for k + 1 addends per row and 16 more
+  void (*plif_topk_backward)(const PlifTopkBackward&, PlifAddends*, int64_t begin, int64_t end);
   void (*plif_forward)(const PlifForward&, int64_t begin, int64_t end);  // elements
   void (*plif_backward)(const PlifBackward&, const PlifSums&, int64_t begin, int64_t end);
   void (*plif_ce_forward)(const PlifCeForward&, int64_t begin, int64_t end);

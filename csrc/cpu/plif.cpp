@@ -6,9 +6,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "glue.h"
@@ -201,14 +204,70 @@ PlifGradients plif_topk_ce_bwd(const std::optional<Tensor>& dloss,
   const cpu::PlifTopkBackward arguments{
       backward_arguments<cpu::Backward>(dloss_rows, dlse_rows, dprobs_rows, target, indices, probs,
                                         weight, label_smoothing, dlogits),
-      columns_of(slopes, slopes, bound),
-      values.const_data_ptr(),
-      {scale ? cells.mutable_data_ptr<int64_t>() : nullptr, outside_rows.data(),
-       scale ? scale->item<double>() : 0}};
+      columns_of(slopes, slopes, bound), values.const_data_ptr(), outside_rows.data(),
+      scale ? scale->item<double>() : 0};
   const auto backward = cpu::isa().plif_topk_backward;
-  at::parallel_for(0, target.numel(), list_grain(num_classes),
-                   [&](int64_t begin, int64_t end) { backward(arguments, begin, end); });
+  int64_t* sums = cells.mutable_data_ptr<int64_t>();
+  std::mutex mutex;
+  at::parallel_for(0, target.numel(), list_grain(num_classes), [&](int64_t begin, int64_t end) {
+    if (!scale) return backward(arguments, nullptr, begin, end);
+    // a thread adds what it found while it is in the cache
+    const int64_t pairs = values.size(-1), step = std::max<int64_t>(1, 8192 / pairs);
+    std::vector<int32_t> cell(step * pairs + 16);
+    std::vector<int64_t> mass(cell.size()), moment(cell.size());
+    for (int64_t first = begin; first < end; first += step) {
+      cpu::PlifAddends addends{cell.data(), mass.data(), moment.data(), 0};
+      backward(arguments, &addends, first, std::min(first + step, end));
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (int64_t i = 0; i < addends.count; ++i) {
+        int64_t* sum = sums + 2 * static_cast<int64_t>(cell[i]);
+        sum[0] += mass[i];
+        sum[1] += moment[i];
+      }
+    }
+  });
   return {dlogits, cells, sum_of_rows(outside_rows)};
+}
+
+// The contract of the fixed point is that of schema.py.
+Tensor plif_scale(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
+                  const std::optional<Tensor>& dprobs, const Tensor& target,
+                  const std::optional<Tensor>& weight, const Tensor& lse, int64_t num_classes) {
+  const auto a = contiguous(dloss), b = contiguous(dlse), q = contiguous(dprobs);
+  const Tensor rows = lse.reshape({-1}), scale = at::empty({}, at::kDouble);
+  const int64_t* y = target.const_data_ptr<int64_t>();
+  const auto largest_of = [&](auto zero) {
+    using T = decltype(zero);
+    const auto data = [](const std::optional<Tensor>& t) {
+      return t ? t->const_data_ptr<T>() : nullptr;
+    };
+    // a NaN is the largest
+    const auto larger = [](double x, double y) { return x > y || std::isnan(x) ? x : y; };
+    const auto largest_in = [&](const T* from, int64_t count) {
+      double largest = 0;
+      for (int64_t i = 0; i < count; ++i) largest = larger(std::abs(double{from[i]}), largest);
+      return largest;
+    };
+    const T *as = data(a), *bs = data(b), *qs = data(q), *lses = rows.const_data_ptr<T>();
+    const int64_t k = q ? q->size(-1) : 0;
+    const double at_most = weight ? largest_in(weight->const_data_ptr<T>(), num_classes) : 1;
+    double largest = 0;
+    for (int64_t n = 0; n < target.numel(); ++n) {
+      double above = bs ? std::abs(double{bs[n]}) : 0;
+      if (qs) above += 2 * largest_in(qs + n * k, k);
+      // a loss moves its weights to the target, or away from it: twice their sum
+      if (as && y[n] >= 0 && y[n] < num_classes) above += 2 * at_most * std::abs(double{as[n]});
+      if (above != 0 && !std::isfinite(lses[n * rows.stride(0)]))
+        above = std::numeric_limits<double>::quiet_NaN();
+      largest = larger(above, largest);
+    }
+    return largest;
+  };
+  double total = lse.scalar_type() == at::kDouble ? largest_of(double{}) : largest_of(float{});
+  total *= static_cast<double>(target.numel());
+  *scale.mutable_data_ptr<double>() =
+      std::exp2(60 - std::ceil(std::log2(std::max(total, 0x1p-900)))) + 0 * total;
+  return scale;
 }
 
 Outputs plif_ce_fwd(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
@@ -249,6 +308,7 @@ PlifGradients plif_ce_bwd(const std::optional<Tensor>& dloss, const std::optiona
 
 TORCH_LIBRARY_IMPL(sparse_ce_native, CPU, m) {
   m.impl("plif_tables", sparse_ce::plif_tables);
+  m.impl("plif_scale", sparse_ce::plif_scale);
   m.impl("plif_dslopes", sparse_ce::plif_dslopes);
   m.impl("plif_topk_ce_fwd", sparse_ce::plif_topk_ce_fwd);
   m.impl("plif_topk_ce_bwd", sparse_ce::plif_topk_ce_bwd);

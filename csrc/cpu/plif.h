@@ -20,11 +20,18 @@ struct PlifColumns {
   double bound;
 };
 
-// What the gradient of the slopes is made of. Integers: threads add in any order.
+// What the gradient of the slopes is made of. Integers: threads add to theirs in any order.
 struct PlifSums {
   int64_t* cells;   // (cells, 2), added to; or null, where nobody needs them
   double* outside;  // (N, 2), of a row left of -bound and right of bound
   double scale;
+};
+
+// The addends of cells, where they are too few for a thread to bring sums of its own.
+struct PlifAddends {
+  int32_t* cell;
+  int64_t *mass, *moment;
+  int64_t count;
 };
 
 // Slopes from what is learnt.
@@ -67,7 +74,8 @@ struct PlifTopkBackward {
   Backward list;
   PlifColumns f;       // without offsets
   const void* values;  // (N, k + 1)
-  PlifSums sums;       // cells that all threads share
+  double* outside;     // (N, 2)
+  double scale;
 };
 
 // The dense softmax of f(logits).

@@ -4,24 +4,38 @@
 #include "threshold_ce_rows.inl"
 #include "topk_ce_rows.inl"
 
-// log(1 + e^x) to 12 digits, branch-free so that the compiler vectorises a loop over it.
+// log(1 + e^x) to 10 digits, branch-free so that the compiler vectorises a loop over it.
 inline double softplus(double x) {
   const double a = std::min(std::abs(x), 700.0);
   const double rounder = 6755399441055744.0;  // 1.5 * 2^52, as in exp_nonpositive
   const double shifted = a * -1.4426950408889634 + rounder;
   const double n = shifted - rounder;
   const double r = -a - n * 0.6931471805599453;
-  double p = 1.0 / 3628800;
-  for (const double factorial : {362880., 40320., 5040., 720., 120., 24., 6., 2., 1., 1.})
-    p = p * r + 1 / factorial;
+  double p = 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 1.0 / 2;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
   const int64_t e = Format<Dtype::f64>::bits(shifted) - Format<Dtype::f64>::bits(rounder);
   const double u =
       p * Format<Dtype::f64>::value(static_cast<int64_t>(static_cast<uint64_t>(e + 1023) << 52));
   // log(1 + u) = 2 artanh(u / (2 + u))
   const double s = u / (2 + u), t = s * s;
-  double sum = 1.0 / 25;
-  for (const double odd : {23., 21., 19., 17., 15., 13., 11., 9., 7., 5., 3., 1.})
-    sum = sum * t + 1 / odd;
+  double sum = 1.0 / 19;
+  sum = sum * t + 1.0 / 17;
+  sum = sum * t + 1.0 / 15;
+  sum = sum * t + 1.0 / 13;
+  sum = sum * t + 1.0 / 11;
+  sum = sum * t + 1.0 / 9;
+  sum = sum * t + 1.0 / 7;
+  sum = sum * t + 1.0 / 5;
+  sum = sum * t + 1.0 / 3;
+  sum = sum * t + 1.0;
   return std::max(x, 0.0) + 2 * s * sum;
 }
 
@@ -88,32 +102,36 @@ template <class T, int STRIDE> struct Link {
     for (int64_t i = 0; i < count; ++i) g[i] *= slopes[STRIDE * static_cast<int64_t>(cell[i])];
   }
 
-  // Adds up to kBlock gradients of f(x); SHARED, to cells that other threads add to as well.
-  template <bool SHARED = false> void add(const T* g, const T* x, const int32_t* cell,
-                                          int64_t count, const PlifSums& sums,
-                                          double* outside) const {
-    int64_t mass[kBlock], moment[kBlock];
-    int32_t beyond = 0;
+  // What gradients of f(x) add to the sums of their cells.
+  void weigh(const T* g, const T* x, const int32_t* cell, int64_t count, double scale,
+             int64_t* mass, int64_t* moment) const {
     for (int64_t i = 0; i < count; ++i) {
-      const double scaled = static_cast<double>(g[i]) * sums.scale;
+      const double scaled = static_cast<double>(g[i]) * scale;
       double share = (static_cast<double>(x[i]) + wide_bound) * wide_rate - cell[i];
       share = share > 0 ? share : 0;
       share = share < 1 ? share : 1;
       mass[i] = static_cast<int64_t>(scaled);
       moment[i] = static_cast<int64_t>(scaled * share);
     }
-    for (int64_t i = 0; i < count; ++i)
-      beyond += !(x[i] >= -bound) | static_cast<int32_t>(x[i] > bound);
+  }
+
+  // Adds up to kBlock gradients of f(x).
+  void add(const T* g, const T* x, const int32_t* cell, int64_t count, const PlifSums& sums,
+           double* outside) const {
+    int64_t mass[kBlock], moment[kBlock];
+    weigh(g, x, cell, count, sums.scale, mass, moment);
     for (int64_t i = 0; i < count; ++i) {
       int64_t* sum = sums.cells + 2 * static_cast<int64_t>(cell[i]);
-      if constexpr (SHARED) {
-        __atomic_fetch_add(sum, mass[i], __ATOMIC_RELAXED);
-        __atomic_fetch_add(sum + 1, moment[i], __ATOMIC_RELAXED);
-      } else {
-        sum[0] += mass[i];
-        sum[1] += moment[i];
-      }
+      sum[0] += mass[i];
+      sum[1] += moment[i];
     }
+    add_beyond(g, x, count, outside);
+  }
+
+  void add_beyond(const T* g, const T* x, int64_t count, double* outside) const {
+    int32_t beyond = 0;
+    for (int64_t i = 0; i < count; ++i)
+      beyond += !(x[i] >= -bound) | static_cast<int32_t>(x[i] > bound);
     if (beyond == 0) return;
     for (int64_t i = 0; i < count; ++i) {
       if (g[i] == 0) continue;  // also where x is -inf
@@ -174,13 +192,13 @@ template <class T> struct ListForward {
   Link<T, 1> f;
   int64_t k;
   T* values;
-  void apply(int64_t n, T* z, T& z_y) const {
+  void apply(int64_t n, T* z, int64_t steps, T& z_y) const {
     T* row = values + n * (k + 1);
     int32_t cell[kBlock];
     std::copy_n(z, k, row);
     row[k] = z_y;
-    for (int64_t first = 0; first < k; first += kBlock) {
-      const int64_t count = std::min(kBlock, k - first);
+    for (int64_t first = 0; first < steps; first += kBlock) {
+      const int64_t count = std::min(kBlock, steps - first);
       f.find(z + first, count, cell);
       f.apply(cell, z + first, count);
     }
@@ -193,15 +211,31 @@ template <class T> struct ListBackward {
   Link<T, 1> f;
   int64_t k;
   const T* values;
-  const PlifSums& sums;
+  double* outside;
+  double scale;
+  PlifAddends* addends;
+  void prefetch(int64_t n) const {
+    const T* row = values + n * (k + 1);
+    const int64_t count = std::min(kBlock, k + 1);
+    int32_t cell[kBlock];
+    f.find(row, count, cell);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(f.slopes + cell[i]);
+  }
   void differentiate(int64_t n, T* g, bool finite) const {
     const T* row = values + n * (k + 1);
+    T x[kBlock];
     int32_t cell[kBlock];
     for (int64_t first = 0; first <= k; first += kBlock) {
-      const int64_t count = std::min(kBlock, k + 1 - first);
-      f.find(row + first, count, cell);
-      if (sums.cells && finite)
-        f.template add<true>(g + first, row + first, cell, count, sums, sums.outside + 2 * n);
+      const int64_t pairs = std::min(kBlock, k + 1 - first), count = whole_steps(pairs);
+      std::fill(std::copy_n(row + first, pairs, x), x + count, T{0});
+      f.find(x, count, cell);
+      if (addends && finite) {
+        const int64_t at = addends->count;
+        std::copy_n(cell, count, addends->cell + at);
+        f.weigh(g + first, x, cell, count, scale, addends->mass + at, addends->moment + at);
+        f.add_beyond(g + first, x, count, outside + 2 * n);
+        addends->count += pairs;
+      }
       f.differentiate(cell, g + first, count);
     }
   }
@@ -214,10 +248,11 @@ void plif_topk_forward_rows(const PlifTopkForward& a, int64_t begin, int64_t end
   forward_rows<D>(a.list, begin, end, f);
 }
 
-template <Dtype D>
-void plif_topk_backward_rows(const PlifTopkBackward& a, int64_t begin, int64_t end) {
+template <Dtype D> void plif_topk_backward_rows(const PlifTopkBackward& a, PlifAddends* addends,
+                                                int64_t begin, int64_t end) {
   using T = typename Format<D>::Statistic;
-  const ListBackward<T> f{Link<T, 1>(a.f), a.list.k, static_cast<const T*>(a.values), a.sums};
+  const ListBackward<T> f{Link<T, 1>(a.f), a.list.k, static_cast<const T*>(a.values),
+                          a.outside,       a.scale,  addends};
   backward_rows<D>(a.list, begin, end, f);
 }
 
@@ -346,12 +381,13 @@ inline void plif_topk_forward(const PlifTopkForward& a, int64_t begin, int64_t e
   }
 }
 
-inline void plif_topk_backward(const PlifTopkBackward& a, int64_t begin, int64_t end) {
+inline void plif_topk_backward(const PlifTopkBackward& a, PlifAddends* addends, int64_t begin,
+                               int64_t end) {
   switch (a.list.dtype) {
-    case Dtype::f32: return plif_topk_backward_rows<Dtype::f32>(a, begin, end);
-    case Dtype::bf16: return plif_topk_backward_rows<Dtype::bf16>(a, begin, end);
-    case Dtype::f16: return plif_topk_backward_rows<Dtype::f16>(a, begin, end);
-    case Dtype::f64: return plif_topk_backward_rows<Dtype::f64>(a, begin, end);
+    case Dtype::f32: return plif_topk_backward_rows<Dtype::f32>(a, addends, begin, end);
+    case Dtype::bf16: return plif_topk_backward_rows<Dtype::bf16>(a, addends, begin, end);
+    case Dtype::f16: return plif_topk_backward_rows<Dtype::f16>(a, addends, begin, end);
+    case Dtype::f64: return plif_topk_backward_rows<Dtype::f64>(a, addends, begin, end);
   }
 }
 

@@ -355,10 +355,14 @@ int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
 
 // --- forward -------------------------------------------------------------------------------------------------------
 
+constexpr int64_t whole_steps(int64_t n) { return (n + 15) / 16 * 16; }
+
 struct Unchanged {
-  // The logits of a row, sorted, and the target's become f of them.
-  template <class T> void apply(int64_t, T*, T&) const {}
-  // The gradients of f of them become those of the logits. Where `finite` is false they are NaN.
+  // The logits of a row, sorted and filled up to `steps`, and the target's become f of them.
+  template <class T> void apply(int64_t, T*, int64_t, T&) const {}
+  // What the gradient of a row will look up is on its way while the zeros are written.
+  void prefetch(int64_t) const {}
+  // The gradients of f of them, filled up with zeros, become those of the logits. Where `finite` is false they are NaN.
   template <class T> void differentiate(int64_t, T*, bool) const {}
 };
 
@@ -374,8 +378,7 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, const Curve& f) 
   };
   Scratch<Key> scratch(classes, k);
   // Rows are finished some at a time: long loops over whole steps, which have no remainder to run one by one.
-  constexpr int64_t step = 16;
-  const int64_t steps = (k + step - 1) / step * step, block = std::max<int64_t>(1, 512 / steps);
+  const int64_t steps = whole_steps(k), block = std::max<int64_t>(1, 512 / steps);
   std::vector<T> shifted(block * steps), exponentials(block * steps), maxima(block),
       at_target(block);
   std::vector<double> sums(block);
@@ -396,7 +399,7 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, const Curve& f) 
       T* out = shifted.data() + r * steps;
       for (int64_t i = 0; i < steps; ++i) out[i] = value(i);
       at_target[r] = F::value(x[std::clamp<int64_t>(a.target[first + r], 0, classes - 1)]);
-      f.apply(first + r, out, at_target[r]);
+      f.apply(first + r, out, steps, at_target[r]);
       const T row_max = maxima[r] = out[0];
       for (int64_t i = 0; i < steps; ++i) out[i] -= row_max;
       for (int64_t i = k; i < steps; ++i) out[i] = -std::numeric_limits<T>::infinity();
@@ -446,9 +449,10 @@ void backward_rows(const Backward& a, int64_t begin, int64_t end, const Curve& f
   using T = typename F::Statistic;
   const int64_t k = a.k;
   const T* weight = static_cast<const T*>(a.weight);
-  std::vector<T> gradients(k + 1);
+  std::vector<T> gradients(whole_steps(k + 1));
   for (int64_t n = begin; n < end; ++n) {
     Key* row = static_cast<Key*>(a.dlogits) + n * a.classes;
+    f.prefetch(n);
     std::memset(row, 0, a.classes * sizeof(Key));
     const int64_t y = a.target[n];
     const bool hit = y >= 0 && y < a.classes;

@@ -318,6 +318,30 @@ def plif_tables(w: Tensor, bound: float, dtype: torch.dtype) -> tuple[Tensor, Te
     return slopes, ((sums - sums[num_cells // 2]).double() / scale).to(dtype)
 
 
+def plif_scale(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    num_classes: int,
+) -> Tensor:
+    above = torch.zeros_like(lse) if dlse is None else dlse.abs()
+    if dprobs is not None:
+        above = above + 2 * dprobs.abs().amax(-1)
+    if dloss is not None:
+        hit = (target >= 0) & (target < num_classes)
+        # a loss moves its weights to the target, or away from it: twice their sum
+        at_most = 1.0 if weight is None else weight.abs().amax()
+        above = above + 2 * at_most * torch.where(hit, dloss.abs(), 0)
+    # the gradient of a row whose log-sum-exp is not finite is NaN
+    finite = torch.where(lse.isfinite() | (above == 0), above, torch.nan)
+    # a maximum has no order of additions
+    largest = finite.amax() if finite.numel() else finite.sum()
+    return fixed_point(largest.double() * finite.numel())
+
+
 def plif_dslopes(
     cells: Tensor, outside: Tensor, scale: Tensor, bound: float, dtype: torch.dtype
 ) -> Tensor:

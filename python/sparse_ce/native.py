@@ -9,6 +9,7 @@ from . import schema as schema  # loads the library and defines the namespace
 topk_ce_fwd = torch.ops.sparse_ce_native.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce_native.topk_ce_bwd.default
 plif_tables = torch.ops.sparse_ce_native.plif_tables.default
+plif_scale = torch.ops.sparse_ce_native.plif_scale.default
 plif_dslopes = torch.ops.sparse_ce_native.plif_dslopes.default
 plif_fwd = torch.ops.sparse_ce_native.plif_fwd.default
 plif_bwd = torch.ops.sparse_ce_native.plif_bwd.default

@@ -36,6 +36,7 @@ topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
 threshold_ce_fwd = torch.ops.sparse_ce.threshold_ce_fwd.default
 threshold_ce_bwd = torch.ops.sparse_ce.threshold_ce_bwd.default
 plif_tables = torch.ops.sparse_ce.plif_tables.default
+plif_scale = torch.ops.sparse_ce.plif_scale.default
 plif_dslopes = torch.ops.sparse_ce.plif_dslopes.default
 plif_fwd = torch.ops.sparse_ce.plif_fwd.default
 plif_bwd = torch.ops.sparse_ce.plif_bwd.default
@@ -288,6 +289,11 @@ def _(w, bound, dtype, backend):  # type: ignore[no-untyped-def]
     return w.new_empty(w.shape, dtype=dtype), w.new_empty(w.shape, dtype=dtype)
 
 
+@torch.library.register_fake("sparse_ce::plif_scale")
+def _(dloss, dlse, dprobs, target, weight, lse, num_classes, backend):  # type: ignore[no-untyped-def]
+    return lse.new_empty((), dtype=torch.float64)
+
+
 @torch.library.register_fake("sparse_ce::plif_dslopes")
 def _(cells, outside, scale, bound, dtype, backend):  # type: ignore[no-untyped-def]
     return cells.new_empty(cells.shape[0], dtype=dtype)
@@ -336,7 +342,8 @@ def _plif_tables_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _plif_tables_backward(ctx: Any, dslopes: Tensor, _: None) -> tuple[Tensor | None, ...]:
     (w,) = ctx.saved_tensors
-    return (dslopes * torch.sigmoid(w)).to(w.dtype), None, None, None
+    dw = torch.ops.aten.softplus_backward(dslopes, w.to(dslopes.dtype), 1.0, 20.0)
+    return dw.to(w.dtype), None, None, None
 
 
 def _plif_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -379,7 +386,7 @@ def _plif_ce_backward(
     scale = None
     if ctx.needs_input_grad[3]:
         lse = row_max + log_sum
-        scale = _plif_scale(dloss, dlse, None, target, weight, logits.shape[-1], lse)
+        scale = plif_scale(dloss, dlse, None, target, weight, lse, logits.shape[-1], ctx.backend)
     dlogits, *sums = plif_ce_bwd(
         dloss, dlse, logits, target, row_max, log_sum, weight, slopes, offsets, ctx.bound,
         ctx.label_smoothing, scale, ctx.backend,
@@ -405,38 +412,14 @@ def _plif_topk_backward(
     scale = None
     if ctx.needs_input_grad[3]:
         # a probability is NaN where the log-sum-exp is not finite
-        first = probs[..., 0]
-        scale = _plif_scale(dloss, dlse, dprobs, target, weight, ctx.num_classes, first)
+        scale = plif_scale(
+            dloss, dlse, dprobs, target, weight, probs[..., 0], ctx.num_classes, ctx.backend
+        )
     dlogits, *sums = plif_topk_ce_bwd(
         dloss, dlse, dprobs, target, indices, probs, values, weight, slopes, ctx.bound,
         ctx.label_smoothing, ctx.num_classes, ctx.dtype, scale, ctx.backend,
     )  # fmt: skip
     return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 5)
-
-
-def _plif_scale(
-    dloss: Tensor | None,
-    dlse: Tensor | None,
-    dprobs: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    num_classes: int,
-    lse: Tensor,
-) -> Tensor:
-    """() float64: the fixed point for the gradient of f(logits); NaN if one of them is."""
-    above = torch.zeros_like(lse) if dlse is None else dlse.abs()
-    if dprobs is not None:
-        above = above + 2 * dprobs.abs().amax(-1)
-    if dloss is not None:
-        hit = (target >= 0) & (target < num_classes)
-        # each loss moves its weights to the target, or away from it: twice their sum
-        at_most = 1.0 if weight is None else weight.abs().amax()
-        above = above + 2 * at_most * torch.where(hit, dloss.abs(), 0)
-    # the gradient of a row whose log-sum-exp is not finite is NaN
-    finite = torch.where(lse.isfinite() | (above == 0), above, torch.nan)
-    # a maximum has no order of additions
-    largest = finite.amax() if finite.numel() else finite.sum()
-    return schema.fixed_point(largest.double() * finite.numel())
 
 
 def _no_second_derivative(*_: Any) -> None:
@@ -453,6 +436,7 @@ for _op, _backward, _context in (
     ("plif_bwd", _no_second_derivative, None),
     ("plif_ce_bwd", _no_second_derivative, None),
     ("plif_topk_ce_bwd", _no_second_derivative, None),
+    ("plif_scale", _no_second_derivative, None),
     ("plif_dslopes", _no_second_derivative, None),
 ):
     torch.library.register_autograd(f"sparse_ce::{_op}", _backward, setup_context=_context)

@@ -33,6 +33,10 @@ of the statistics, which is the dtype of slopes (K) and offsets (K). The offsets
 slopes, f being continuous and f(0) = 0; they have no gradient of their own.
     tables  w (K), any floating dtype
             ->  slopes, softplus(w) rounded to the dtype of w and never 0, and offsets, in `dtype`
+    scale   the gradients of loss, lse and probs, each of which may be None; target and weight; lse
+            (N), or what is finite where it is
+            ->  () float64: the scale of bwd, for the gradient of f of the logits of a loss. It is
+                NaN where one of them is
     dslopes cells, outside and scale as of bwd
             ->  the gradient of the slopes (K) in `dtype`, with what they are worth in the offsets
     fwd     x, any shape, contiguous
@@ -121,6 +125,11 @@ SIGNATURES = {
     "plif_tables": (
         "Tensor w, float bound, ScalarType dtype",
         "(Tensor slopes, Tensor offsets)",
+    ),
+    "plif_scale": (
+        "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor target, Tensor? weight, Tensor lse, "
+        "SymInt num_classes",
+        "Tensor",
     ),
     "plif_dslopes": (
         "Tensor cells, Tensor outside, Tensor scale, float bound, ScalarType dtype",
