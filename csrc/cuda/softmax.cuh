@@ -1,4 +1,4 @@
-// What threshold_ce and plif share: the softmax over all classes of a row in one look at it, and a gradient that is written while the
+// What threshold_ce, labels_ce and plif share: the softmax over all classes of a row in one look at it, and a gradient that is written while the
 // logits are read.
 #pragma once
 
@@ -54,6 +54,22 @@ template <class T, class F> __device__ __forceinline__ void absorb(Softmax<Stati
   seen.total += sums[0];
 }
 
+// One more logit.
+template <class S> __device__ __forceinline__ void absorb(Softmax<S>& seen, S z) {
+  seen.rise_to(larger(seen.largest, z));
+  seen.total += exp_nonpositive(z - seen.largest);
+}
+
+// What all have seen.
+template <class S, int THREADS>
+__device__ __forceinline__ Softmax<S> together(Group<THREADS>& group, Softmax<S> seen) {
+  seen.rise_to(group.reduce(seen.largest, [](S x, S y) { return larger(x, y); }));
+  seen.total = group.reduce(seen.total, [](S x, S y) { return x + y; });
+  // the exponential of the largest is 1, unless there is none but minus infinity
+  if (seen.total == 0) seen.largest = -kInfinite<S>;
+  return seen;
+}
+
 // Of f of all classes of the row, f being increasing.
 template <class T, int THREADS, class F = Unchanged>
 __device__ Softmax<StatisticOf<T>> softmax_of(Group<THREADS>& group, const T* row, int classes,
@@ -78,16 +94,8 @@ __device__ Softmax<StatisticOf<T>> softmax_of(Group<THREADS>& group, const T* ro
       x[c] = begin + c * THREADS < whole.count ? chunks[begin + c * THREADS] : lowest_chunk<T>();
     absorb<T>(seen, x, f);
   }
-  for_each_edge<T>(group, whole, classes, [&](int i) {
-    const S z = f(number_of(row[i]));
-    seen.rise_to(larger(seen.largest, z));
-    seen.total += exp_nonpositive(z - seen.largest);
-  });
-  seen.rise_to(group.reduce(seen.largest, [](S x, S y) { return larger(x, y); }));
-  seen.total = group.reduce(seen.total, [](S x, S y) { return x + y; });
-  // the exponential of the largest is 1, unless there is none but minus infinity
-  if (seen.total == 0) seen.largest = -kInfinite<S>;
-  return seen;
+  for_each_edge<T>(group, whole, classes, [&](int i) { absorb(seen, f(number_of(row[i]))); });
+  return together(group, seen);
 }
 
 // Whether the whole chunks of a gradient are whole chunks of the logits: unless a view of them begins elsewhere.
