@@ -87,11 +87,11 @@ cosine, the distance from the vector of the target: continuous outputs
          ->  doutput (N, D) in the dtype of output
 
 Promises. Outputs are fresh and contiguous; no input is written to. Statistics (everything but
-logits, target, labels, indices and counts) are float32, or float64 for float64 logits. Saved tensors are
-part of the signature, so any backend can run the backward of any other. In the order of the classes
-NaN is largest and -0 equals +0. A target outside [0, V) is "no hit": its loss is NaN and the
-gradient of that loss has no effect. A row whose upstream gradients are all zero gets a gradient of
-exact zeros, NaN logits or not: that is how ignored rows reach a kernel.
+logits, target, labels, indices and counts) are float32, or float64 for float64 logits. Saved
+tensors are part of the signature, so any backend can run the backward of any other. In the order of
+the classes NaN is largest and -0 equals +0. A target outside [0, V) is "no hit": its loss is NaN
+and the gradient of that loss has no effect. A row whose upstream gradients are all zero gets a
+gradient of exact zeros, NaN logits or not: that is how ignored rows reach a kernel.
 """
 
 import importlib
