@@ -28,9 +28,10 @@ struct Unchanged {
   template <class S> __device__ __forceinline__ S operator()(S z) const { return z; }
 };
 
-template <class T, class F> __device__ __forceinline__ void absorb(Softmax<StatisticOf<T>>& seen,
-                                                                   const Chunk<T> (&x)[kInFlight],
-                                                                   const F& f) {
+// Returns the largest of these logits.
+template <class T, class F>
+__device__ __forceinline__ StatisticOf<T> absorb(Softmax<StatisticOf<T>>& seen,
+                                                 const Chunk<T> (&x)[kInFlight], const F& f) {
   using S = StatisticOf<T>;
   auto top = x[0].unit[0];
 #pragma unroll
@@ -52,6 +53,7 @@ template <class T, class F> __device__ __forceinline__ void absorb(Softmax<Stati
   for (int step = 1; step < kInFlight; step *= 2)
     for (int c = 0; c < kInFlight; c += 2 * step) sums[c] += sums[c + step];
   seen.total += sums[0];
+  return highest;
 }
 
 // One more logit.

@@ -133,7 +133,7 @@ def _of_several_labels(
     rows = functional.as_rows(logits)
     labels = (target if target.dtype == torch.bool else target != 0).reshape(rows.shape)
     name = backends.resolve(backend, logits.device.type, logits.dtype, False)
-    loss, *_ = ops.labels_ce_fwd(rows, labels.contiguous(), delta, name)
+    loss: Tensor = ops.labels_ce_fwd(rows, labels.contiguous(), delta, name)[0]
     if reduction == "none":
         return loss.view(logits.shape[:-1])
     return loss.sum() / max(1, loss.numel()) if reduction == "mean" else loss.sum()
