@@ -156,9 +156,10 @@ template <class S, int THREADS> __device__ Kept<S> together(Group<THREADS>& grou
   return kept;
 }
 
-// One block fewer at a time than elsewhere, here and in backward: with its registers nothing spills.
+// Fewer blocks at a time than elsewhere, here and in backward: with their registers nothing spills.
 template <class T, int THREADS>
-__global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock) - 1)
+__global__ void __launch_bounds__(Group<THREADS>::kBlock,
+                                  resident<T>(Group<THREADS>::kBlock) * 3 / 4)
     labels_forward_kernel(const LabelsForward a) {
   using G = Group<THREADS>;
   using S = StatisticOf<T>;
