@@ -37,6 +37,12 @@ template <class T> struct Sides {
   }
 };
 
+// Of a block, as wide as what they choose between: compilers vectorise no choice by a bool.
+inline void widen_labels(const bool* labels, int64_t count, int32_t* wide) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(labels);
+  for (int64_t i = 0; i < count; ++i) wide[i] = bytes[i];
+}
+
 template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begin, int64_t end) {
   using F = Format<D>;
   using Key = typename F::Key;
@@ -46,6 +52,7 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
   const auto least = [](T x, T y) { return y < x ? y : x; };
   const auto most = [](T x, T y) { return y > x ? y : x; };
   T z[kBlock], below[kBlock], above[kBlock];
+  int32_t y[kBlock], kept[kBlock];
   for (int64_t n = begin; n < end; ++n) {
     const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
     const bool* labels = a.labels + n * classes;
@@ -55,9 +62,10 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
     const auto look = [&](const T* z, int64_t first, int64_t count, int32_t*) {
       const int64_t width = width_of(count);
       int32_t marked = 0;
-      for (int64_t i = 0; i < count; ++i) marked += labels[first + i];
-      for (int64_t i = 0; i < count; ++i) below[i] = labels[first + i] ? z[i] : kInfinity;
-      for (int64_t i = 0; i < count; ++i) above[i] = labels[first + i] ? -kInfinity : z[i];
+      widen_labels(labels + first, count, y);
+      for (int64_t i = 0; i < count; ++i) marked += y[i];
+      for (int64_t i = 0; i < count; ++i) below[i] = y[i] ? z[i] : kInfinity;
+      for (int64_t i = 0; i < count; ++i) above[i] = y[i] ? -kInfinity : z[i];
       std::fill(below + count, below + width, kInfinity);
       std::fill(above + count, above + width, -kInfinity);
       positives += marked;
@@ -72,25 +80,27 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
     T cut_negative = kInfinity, cut_positive = -kInfinity;
     for (int64_t first = 0; first < classes; first += kBlock) {
       const int64_t count = std::min(kBlock, classes - first), width = width_of(count);
-      const bool* y = labels + first;
-      int32_t kept[kBlock];
+      widen_labels(labels + first, count, y);
       for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
       for (int64_t i = 0; i < count; ++i) {
         const T shifted = z[i] - sides.row_max;
-        kept[i] = !(y[i] ? shifted > sides.from_above : shifted < sides.from_below);
+        const int32_t over = shifted > sides.from_above, under = shifted < sides.from_below;
+        kept[i] = 1 - (y[i] ? over : under);
       }
       if (sides.from_below > -kInfinity) {
-        for (int64_t i = 0; i < count; ++i) below[i] = kept[i] && !y[i] ? z[i] : kInfinity;
+        for (int64_t i = 0; i < count; ++i) below[i] = kept[i] > y[i] ? z[i] : kInfinity;
         std::fill(below + count, below + width, kInfinity);
         cut_negative = least(cut_negative, folded(below, width, least));
       }
       if (sides.from_above < kInfinity) {
-        for (int64_t i = 0; i < count; ++i) above[i] = kept[i] && y[i] ? z[i] : -kInfinity;
+        for (int64_t i = 0; i < count; ++i) above[i] = (kept[i] & y[i]) ? z[i] : -kInfinity;
         std::fill(above + count, above + width, -kInfinity);
         cut_positive = most(cut_positive, folded(above, width, most));
       }
       for (int64_t i = 0; i < count; ++i) {
-        const T exponent = y[i] ? -z[i] - sides.above_positives : z[i] - sides.above_negatives;
+        const T of_positive = -z[i] - sides.above_positives,
+                of_negative = z[i] - sides.above_negatives;
+        const T exponent = y[i] ? of_positive : of_negative;
         z[i] = kept[i] ? exponent : -kInfinity;
       }
       std::fill(z + count, z + width, -kInfinity);
@@ -118,6 +128,7 @@ template <Dtype D> void labels_backward_rows(const LabelsBackward& a, int64_t be
   using T = typename F::Statistic;
   const int64_t classes = a.logits.classes;
   T z[kBlock], g[kBlock];
+  int32_t y[kBlock];
   for (int64_t n = begin; n < end; ++n) {
     Key* out = static_cast<Key*>(a.dlogits) + n * classes;
     const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
@@ -132,15 +143,19 @@ template <Dtype D> void labels_backward_rows(const LabelsBackward& a, int64_t be
     const T cut_positive = static_cast<const T*>(a.cut_positive)[n];
     for (int64_t first = 0; first < classes; first += kBlock) {
       const int64_t count = std::min(kBlock, classes - first), width = width_of(count);
-      const bool* y = a.labels + n * classes + first;
+      widen_labels(a.labels + n * classes + first, count, y);
       for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
-      for (int64_t i = 0; i < count; ++i) g[i] = y[i] ? -z[i] - positive : z[i] - negative;
+      for (int64_t i = 0; i < count; ++i) {
+        const T of_positive = -z[i] - positive, of_negative = z[i] - negative;
+        g[i] = y[i] ? of_positive : of_negative;
+      }
       std::fill(g + count, g + width, T{0});
       for (int64_t i = 0; i < width; ++i) g[i] = exp_nonpositive(g[i]);
       for (int64_t i = 0; i < count; ++i) {
-        const bool dropped = y[i] ? z[i] > cut_positive : z[i] < cut_negative;
-        const T factor = y[i] ? -dloss : dloss;
-        g[i] = dropped ? T{0} : g[i] * factor;
+        const int32_t over = z[i] > cut_positive, under = z[i] < cut_negative;
+        const int32_t dropped = y[i] ? over : under;
+        const T scaled = g[i] * (y[i] ? -dloss : dloss);
+        g[i] = dropped ? T{0} : scaled;
       }
       for (int64_t i = 0; i < count; ++i) out[first + i] = F::bits(g[i]);
     }
