@@ -173,6 +173,59 @@ template <class ThresholdBackward> ThresholdBackward threshold_backward_argument
   return arguments;
 }
 
+// loss, negative, positive, cut_negative, cut_positive
+using LabelsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Not filled yet.
+inline LabelsOutputs empty_labels_outputs(const Tensor& logits) {
+  check_logits(logits);
+  const auto shape = logits.sizes().slice(0, logits.dim() - 1);
+  const auto statistic = [&] { return at::empty(shape, statistics_of(logits)); };
+  return {statistic(), statistic(), statistic(), statistic(), statistic()};
+}
+
+// What forward and backward are given alike.
+template <class Arguments> Arguments labels_arguments(const Tensor& logits, const Tensor& labels) {
+  check_logits(logits);
+  TORCH_CHECK(labels.scalar_type() == at::kBool && labels.is_contiguous() &&
+                  labels.sizes() == logits.sizes(),
+              "labels: expected a contiguous bool tensor of the shape of logits, got ",
+              labels.scalar_type(), labels.sizes(), " beside ", logits.sizes());
+  Arguments arguments{};
+  arguments.logits = rows_of<decltype(arguments.logits)>(logits);
+  arguments.labels = labels.const_data_ptr<bool>();
+  return arguments;
+}
+
+template <class LabelsForward>
+LabelsForward labels_forward_arguments(const Tensor& logits, const Tensor& labels, double delta,
+                                       const LabelsOutputs& outputs) {
+  const auto& [loss, negative, positive, cut_negative, cut_positive] = outputs;
+  auto arguments = labels_arguments<LabelsForward>(logits, labels);
+  arguments.delta = delta;
+  arguments.loss = loss.data_ptr();
+  arguments.negative = negative.data_ptr();
+  arguments.positive = positive.data_ptr();
+  arguments.cut_negative = cut_negative.data_ptr();
+  arguments.cut_positive = cut_positive.data_ptr();
+  return arguments;
+}
+
+template <class LabelsBackward>
+LabelsBackward labels_backward_arguments(const Tensor& dloss, const Tensor& logits,
+                                         const Tensor& labels, const Tensor& negative,
+                                         const Tensor& positive, const Tensor& cut_negative,
+                                         const Tensor& cut_positive, const Tensor& dlogits) {
+  auto arguments = labels_arguments<LabelsBackward>(logits, labels);
+  arguments.dloss = dloss.const_data_ptr();
+  arguments.negative = negative.const_data_ptr();
+  arguments.positive = positive.const_data_ptr();
+  arguments.cut_negative = cut_negative.const_data_ptr();
+  arguments.cut_positive = cut_positive.const_data_ptr();
+  arguments.dlogits = dlogits.data_ptr();
+  return arguments;
+}
+
 // Of sparse_linear; `rows` are those that are summed, of the weight or of hidden.
 inline void check_weighted_rows(const Tensor& coefficients, const Tensor& classes,
                                 const Tensor& rows, at::ScalarType dtype) {

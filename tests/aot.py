@@ -15,7 +15,7 @@ from typing import Any
 
 import sass
 import triton
-from sparse_ce.triton_kernels import cosine, plif, sparse_linear, threshold_ce, topk_ce
+from sparse_ce.triton_kernels import cosine, labels_ce, plif, sparse_linear, threshold_ce, topk_ce
 from sparse_ce.triton_kernels.rows import warps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -47,6 +47,7 @@ _ARGUMENTS = {
     "bound": "fp32",
     "rate": "fp32",
     "cut_index_ptr": "*i32",
+    "labels_ptr": "*u8",
     "kept_ptr": "*i32",
     "delta": "fp32",
     "units_b": "i64",
@@ -61,6 +62,7 @@ _OF_DTYPE = (
 LINEAR = ("dhidden", "piece", "dweight")
 # dense where k is the number of classes; k = 0 stands for delta
 THRESHOLD = ("threshold_fwd", "threshold_bwd")
+LABELS = ("labels_fwd", "labels_bwd")
 PLIF = ("plif_fwd", "plif_bwd", "plif_ce_fwd", "plif_ce_bwd")
 COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
 
@@ -68,6 +70,7 @@ COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
 def module_of(kernel: str) -> Any:
     modules = dict.fromkeys(LINEAR, sparse_linear) | dict.fromkeys(THRESHOLD, threshold_ce)
     modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys(PLIF, plif)
+    modules |= dict.fromkeys(LABELS, labels_ce)
     return modules.get(kernel, topk_ce)
 
 
@@ -101,6 +104,10 @@ class Case:
         if self.kernel in COSINE:
             config = cosine.options(cosine.unit(self.num_classes), itemsize)
             return config | ({"NORMALIZE": True} if self.kernel == "cosine_fwd" else {})
+        if self.kernel in LABELS:
+            alike = {"ALIKE": True} if self.kernel == "labels_bwd" else {}
+            alike |= {"ALIGNED": self.aligned, "LABELS_ALIKE": True}
+            return labels_ce.options(itemsize, self.num_classes) | alike
         shared = {"HAS_WEIGHT": self.full, "HAS_SMOOTHING": self.full}
         if self.kernel in ("plif_fwd", "plif_bwd"):  # num_classes is the number of elements
             learns = {"LEARNS": True} if self.kernel == "plif_bwd" else {}
@@ -153,7 +160,7 @@ def tuning_cases() -> list[Case]:
 
 def compile_case(case: Case, architecture: int) -> sass.Report:
     module = module_of(case.kernel)
-    stem = r"^(plif|threshold|cosine)_"
+    stem = r"^(plif|threshold|labels|cosine)_"
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
     options = case.options()
     launch = {name: options.pop(name) for name in warps(1)}
@@ -209,7 +216,7 @@ def row_instructions(case: Case, report: sass.Report) -> int:
 
 def resources(case: Case, report: sass.Report) -> dict[str, float]:
     access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
-    if case.kernel in THRESHOLD or case.kernel in PLIF:
+    if case.kernel in (*THRESHOLD, *LABELS, *PLIF):
         return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
     if case.kernel in COSINE:
         return {
@@ -229,6 +236,11 @@ def recorded_cases() -> list[Case]:
     """What triton_resources.json records, on sm_90."""
     linear = [Case(name, dtype, 4096, 20) for name in LINEAR for dtype in ("bfloat16", "float32")]
     dense = [Case(name, dtype, LONG_ROW, LONG_ROW) for name in THRESHOLD for dtype in TYPES]
+    labelled = [
+        Case(name, dtype, LONG_ROW, LONG_ROW)
+        for name in LABELS
+        for dtype in ("bfloat16", "float32")
+    ]
     linked = [
         Case(name, dtype, LONG_ROW, LONG_ROW)
         for name in ("plif_ce_fwd", "plif_ce_bwd")
@@ -236,7 +248,7 @@ def recorded_cases() -> list[Case]:
     ]
     backward = [Case("bwd", dtype, LONG_ROW, 20) for dtype in TYPES]
     vectors = [Case(name, dtype, 300, 1) for name in COSINE for dtype in ("bfloat16", "float32")]
-    return [*tuning_cases(), *backward, *linear, *dense, *linked, *vectors]
+    return [*tuning_cases(), *backward, *linear, *dense, *labelled, *linked, *vectors]
 
 
 def main() -> None:

@@ -19,6 +19,13 @@ p_i       exp(s_i - log l): 2 |log p_i| units for the rounded exponent, the erro
 gradient  three terms, upstream times p_i, smoothing and target: the errors are relative to their
           absolute values, not to their sum, which may cancel. Then half an ulp of the output.
 
+Of stem labels_ce either side of the labels is such a log-sum-exp, of the n kept z, or -z, and of
+one 0 beside them. It is saved as one number: the gradient errs with the size of the logits.
+
+negative  as the lse of n + 1 classes, and so is positive; the loss half a unit of itself more.
+gradient  exp(z - negative) = q: the error of negative, 2 |log q| units for the rounded exponent, 2
+          for exp and one for the product.
+
 The distances of stem cosine, between vectors c and e of width D, cos = c . e / (|c| |e|). A sum of
 D products errs by h = (1 + D / 32 + 7) / 2 units of the sum of their absolute values: each product
 is rounded, there are 32 lanes or more, and seven levels to add them up. By Cauchy and Schwarz that
@@ -221,6 +228,54 @@ class Truth:
         y = self.y.where(self.hit, 0)[rows]
         at_target = 4 * self.unit * a.abs() * (1 - self.label_smoothing) * self.w[y]
         return tolerance.scatter_add(-1, y.unsqueeze(-1), at_target.unsqueeze(-1))
+
+
+@dataclass
+class LabelsTruth:
+    """What labels_ce_fwd and labels_ce_bwd should return, given what is kept, as Truth."""
+
+    logits: Tensor  # (N, V)
+    negatives: Tensor  # (N, V) bool: those that are kept
+    positives: Tensor  # (N, V) bool
+
+    def __post_init__(self) -> None:
+        self.dtype = self.logits.dtype
+        z = self.logits.detach().cpu().double()
+        statistics = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.unit = torch.finfo(statistics).eps * (2 if statistics == torch.float64 else 1)
+        self.smallest = torch.finfo(statistics).tiny
+        self.sides = [self._side(z, self.negatives), self._side(-z, self.positives)]
+
+    def _side(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-sum-exp of a side, its tolerance, and the exponents of its gradient."""
+        x = torch.cat([torch.zeros_like(x[:, :1]), x.masked_fill(~kept, -torch.inf)], -1)
+        lse, n = x.logsumexp(-1), kept.sum(-1)
+        log_sum_units = 2 + (n + 1).log() + (n + 1).log2() / 2
+        units = log_sum_units + 4 * (lse - x.amax(-1)) + lse.abs() / 2
+        return lse, self.unit * units, x[:, 1:] - lse.unsqueeze(-1)
+
+    def assert_forward(self, loss: Tensor, negative: Tensor, positive: Tensor) -> None:
+        (over, over_tolerance, _), (under, under_tolerance, _) = self.sides
+        assert_within("negative", negative, over, over_tolerance)
+        assert_within("positive", positive, under, under_tolerance)
+        tolerance = over_tolerance + under_tolerance + self.unit * (over + under).abs() / 2
+        assert_within("loss", loss, over + under, tolerance)
+
+    def assert_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
+        """Of sum(dloss loss); exact zeros in rows without it, and of what is not kept."""
+        assert dlogits.dtype == self.dtype, f"dlogits: expected {self.dtype}, got {dlogits.dtype}"
+        a = dloss.detach().cpu().double().unsqueeze(-1)
+        expected, tolerance = (torch.zeros(self.logits.shape).double() for _ in range(2))
+        for sign, kept, (_, of_lse, exponent) in zip(
+            (1, -1), (self.negatives, self.positives), self.sides, strict=True
+        ):
+            q = exponent.exp()
+            units = 2 * torch.special.entr(q) + (of_lse.unsqueeze(-1) / self.unit + 4) * q
+            counted = kept & (a != 0)
+            expected = torch.where(counted, sign * a * q, expected)
+            within = a.abs() * (self.unit * units + self.smallest)
+            tolerance = torch.where(counted, within, tolerance)
+        assert_within("dlogits", dlogits, expected, _with_rounding(expected, tolerance, self.dtype))
 
 
 @dataclass

@@ -20,7 +20,7 @@ import sass
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 RESOURCES = Path(__file__).with_name("cuda_resources.json")
-STEMS = ("topk_ce", "threshold_ce", "sparse_linear", "cosine", "plif")
+STEMS = ("topk_ce", "threshold_ce", "labels_ce", "sparse_linear", "cosine", "plif")
 DTYPES = ("bf16", "f16", "f32", "f64")
 FILES = [f"{stem}_{dtype}" for stem in STEMS for dtype in DTYPES]
 # Warnings of the host's compiler and of nvcc are errors, so are those of ptxas: of a stack frame or
@@ -86,6 +86,8 @@ def streamed(kernel: str) -> tuple[str, ...] | None:
         "backward": (store,),
         "threshold_forward": (load,),
         "threshold_backward": (load, store),
+        "labels_forward": (load,),
+        "labels_backward": (load, store),
         "plif_ce_forward": (load,),
         "plif_ce_backward": (load, store),
         # of the two kinds, that for rows of whole chunks

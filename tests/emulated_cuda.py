@@ -68,6 +68,27 @@ class ThresholdBackward(ctypes.Structure):
     ]
 
 
+class LabelsForward(ctypes.Structure):
+    _fields_ = [
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        ("labels", ctypes.c_void_p),
+        ("delta", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("loss", "negative", "positive")),
+        *((name, ctypes.c_void_p) for name in ("cut_negative", "cut_positive")),
+    ]
+
+
+class LabelsBackward(ctypes.Structure):
+    _fields_ = [
+        ("dloss", ctypes.c_void_p),
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("labels", "negative", "positive")),
+        *((name, ctypes.c_void_p) for name in ("cut_negative", "cut_positive", "dlogits")),
+    ]
+
+
 class Gather(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("coefficients", "classes", "source")),
@@ -182,6 +203,8 @@ _LAUNCHES = {
     Backward: "topk_ce_backward",
     ThresholdForward: "threshold_ce_forward",
     ThresholdBackward: "threshold_ce_backward",
+    LabelsForward: "labels_ce_forward",
+    LabelsBackward: "labels_ce_backward",
     Gather: "sparse_linear_gather",
     Segments: "sparse_linear_segments",
     CosineForward: "cosine_forward",
@@ -335,6 +358,33 @@ def threshold_ce_bwd(
             *map(_pointer, saved), label_smoothing, dlogits.data_ptr(),
         )
     )  # fmt: skip
+    outputs.check()
+    return dlogits
+
+
+def labels_ce_fwd(logits: Tensor, labels: Tensor, delta: float) -> tuple[Tensor, ...]:
+    leading, outputs = tuple(logits.shape[:-1]), _Outputs()
+    found = [outputs.new(leading, schema.statistics_dtype(logits.dtype)) for _ in range(5)]
+    dtype = _DTYPES.index(logits.dtype)
+    run(LabelsForward(_rows(logits), dtype, labels.data_ptr(), delta, *map(_pointer, found)))
+    outputs.check()
+    return tuple(found)
+
+
+def labels_ce_bwd(
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    negative: Tensor,
+    positive: Tensor,
+    cut_negative: Tensor,
+    cut_positive: Tensor,
+) -> Tensor:
+    above, outputs = dloss.contiguous(), _Outputs()
+    dlogits = outputs.new(tuple(logits.shape), logits.dtype)
+    given = (labels, negative, positive, cut_negative, cut_positive, dlogits)
+    dtype = _DTYPES.index(logits.dtype)
+    run(LabelsBackward(above.data_ptr(), _rows(logits), dtype, *map(_pointer, given)))
     outputs.check()
     return dlogits
 

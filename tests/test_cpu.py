@@ -8,6 +8,8 @@ from stems import STEMS, Call
 from subjects import Subject
 from test_cosine import test_values as check_distances
 from test_kernels import check
+from test_labels import check as check_labels
+from test_labels import problem as labels_problem
 from test_linear import test_sums_of_weighted_rows as check_sums_of_weighted_rows
 
 pytestmark = [
@@ -57,6 +59,12 @@ def test_sums_of_rows(isa, dtype, features):
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 def test_distances(isa, dtype, width, distance):
     check_distances(CPU, dtype, width, distance)
+
+
+@pytest.mark.parametrize("classes", [1, 33, 127, 1003])
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_several_labels(isa, dtype, classes):
+    check_labels(CPU, *labels_problem(9, classes, dtype), 0.1)
 
 
 @pytest.mark.parametrize("k", [1, 20, 700])

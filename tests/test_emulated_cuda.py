@@ -86,6 +86,19 @@ def test_chosen_kernels_of_threshold_ce(dtype, classes, k, threads):
 
 
 @pytest.mark.parametrize(
+    "dtype, classes, threads",
+    [(torch.bfloat16, 4096, 32), (torch.bfloat16, 4097, 256), (torch.float64, 1025, 256)],
+)
+def test_chosen_kernels_of_labels_ce(dtype, classes, threads):
+    logits, labels = torch.randn(3, classes).to(dtype), torch.rand(3, classes) < 0.1
+    emulated_cuda.launched()
+    outputs = emulated_cuda.labels_ce_fwd(logits, labels, 0.1)
+    emulated_cuda.labels_ce_bwd(torch.ones(3).to(outputs[0].dtype), logits, labels, *outputs[1:])
+    found = [re.search(r", (\d+)>", name)[1] for name in emulated_cuda.launched()]
+    assert found == [str(threads)] * 2
+
+
+@pytest.mark.parametrize(
     "width, begin, rows, aligned", [(24, 0, 300, True), (24, 1, 300, False), (20, 0, 51, False)]
 )
 def test_chosen_kernels_of_sparse_linear(width, begin, rows, aligned):
@@ -191,6 +204,13 @@ def test_sizes_out_of_range_are_refused_by_threshold_ce(rows, classes, k):
     assert_refused(emulated_cuda.ThresholdForward(row, 0, k, 1.0))
     if 1 <= k <= classes:
         assert_refused(emulated_cuda.ThresholdBackward(None, None, row, 0))
+
+
+@pytest.mark.parametrize("rows, classes", [(2**31, 5), (1, 0), (1, 2**31)])
+def test_sizes_out_of_range_are_refused_by_labels_ce(rows, classes):
+    row = emulated_cuda.Rows(None, rows, classes, 1, classes, 0)
+    assert_refused(emulated_cuda.LabelsForward(row, 0))
+    assert_refused(emulated_cuda.LabelsBackward(None, row, 0))
 
 
 def test_sizes_out_of_range_are_refused_by_sparse_linear():

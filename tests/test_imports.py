@@ -38,6 +38,7 @@ ARROWS = {
         "eager",
         "triton_kernels.topk_ce",
         "triton_kernels.threshold_ce",
+        "triton_kernels.labels_ce",
         "triton_kernels.plif",
         "triton_kernels.sparse_linear",
         "triton_kernels.cosine",

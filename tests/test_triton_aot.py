@@ -37,6 +37,8 @@ OTHERS = [
     aot.Case("threshold_fwd", "bfloat16", aot.LONG_ROW, 0),
     aot.Case("threshold_fwd", "float32", 50257, 0, aligned=False),
     aot.Case("threshold_bwd", "bfloat16", 50257, 50257, aligned=False),
+    aot.Case("labels_fwd", "bfloat16", 50257, 50257, aligned=False),
+    aot.Case("labels_bwd", "float32", 50257, 50257, aligned=False),
     aot.Case("plif_ce_fwd", "bfloat16", 50257, 50257, aligned=False, full=True),
     aot.Case("plif_ce_bwd", "bfloat16", 50257, 50257, aligned=False, full=True),
     aot.Case("plif_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
@@ -60,6 +62,10 @@ VARIANTS = [
         "threshold_bwd", "bfloat16", 50257, 50257, aligned=False, loss=False,
         changes=(*PLAIN, ("ALIKE", False), ("dloss_ptr", None)),
     ),
+    aot.Case(
+        "labels_bwd", "bfloat16", 50257, 50257, aligned=False,
+        changes=(("ALIKE", False), ("LABELS_ALIKE", False)),
+    ),
     aot.Case("plif_bwd", "bfloat16", 4096, 4096, changes=(("LEARNS", False), ("scale_ptr", None))),
     aot.Case(
         "plif_ce_bwd", "bfloat16", 50257, 50257, aligned=False, loss=False,
@@ -76,6 +82,7 @@ SELECTED = [
     aot.Case("fwd", "bfloat16", 4096, 20),
     aot.Case("bwd", "bfloat16", aot.LONG_ROW, 20),
     aot.Case("threshold_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
+    aot.Case("labels_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("plif_ce_bwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("cosine_fwd", "float32", 300, 1),
 ]
@@ -110,6 +117,11 @@ def test_compiled(case: aot.Case, architecture: int) -> None:
         loop = report.streaming("STG.E.128")
         assert loop.count("STG.E.128") == loop.count("STG") >= 1
         assert loop.count("LDG.E.128") >= 1
+    if case.kernel in aot.LABELS:
+        # a chunk of logits, and its labels in one access
+        loop = report.streaming("LDG.E.128")
+        assert loop.count("LDG.E.128") * 2 == loop.count("LDG") >= 2
+        assert loop.count("STG.E.128") == (case.kernel == "labels_bwd")
     if case.kernel in ("plif_ce_fwd", "plif_ce_bwd"):
         # besides the logits the loop loads lines of the table, one number at a time
         assert report.streaming("LDG.E.128").count("LDG.E.128") >= 1
@@ -150,9 +162,10 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     linear = [getattr(aot.sparse_linear, f"_{name}_kernel") for name in aot.LINEAR]
     topk = [getattr(aot.topk_ce, f"_{name}_kernel") for name in ("fwd", "exact", "sort", "bwd")]
     threshold = [getattr(aot.threshold_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
+    labels = [getattr(aot.labels_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
     plif = [getattr(aot.plif, f"_{name}_kernel") for name in ("fwd", "bwd", "ce_fwd", "ce_bwd")]
     cosine = [getattr(aot.cosine, f"_{name}_kernel") for name in ("fwd", "bwd")]
-    for kernel in (*topk, *linear, *threshold, *plif, *cosine):
+    for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine):
         for parameter in kernel.params:
             # but for the width of a layer, which belongs to the model
             if parameter.name == "width":
@@ -161,7 +174,7 @@ def test_a_new_problem_compiles_nothing_new() -> None:
             # Triton specialises no float
             floats = ("label_smoothing", "delta", "bound", "rate")
             assert not number or parameter.do_not_specialize or parameter.name in floats
-    for kernel in (*topk, *threshold, *plif[2:]):
+    for kernel in (*topk, *threshold, *labels, *plif[2:]):
         assert all(p.do_not_specialize or p.is_constexpr for p in kernel.params)
     for name, bucket in (("fwd", range(14, 33)), ("bwd", range(65, 129))):
         for num_classes in (1000, 5000, 32000, 128256):

@@ -52,7 +52,7 @@ NEAR = tl.constexpr(2)  # at most a bound below the maximum
 
 
 @triton.jit
-def _sum_beside_maximum(largest, total, new_largest):
+def sum_beside_maximum(largest, total, new_largest):
     """A sum of exponentials relative to `largest`, relative to `new_largest`."""
     # where all so far are -inf there is nothing to be relative to, and the sum is 0
     base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -73,7 +73,7 @@ def _softmax(row_ptr, head, chunks, V, LANES: tl.constexpr, C: tl.constexpr, ALI
         # of 16-bit logits two maxima an instruction
         both = max_nan(x, y).to(DTYPE)
         above = max_nan(largest, tl.reduce(both.to(tl.float32), 1, max_nan))
-        base, total = _sum_beside_maximum(largest, total, above)
+        base, total = sum_beside_maximum(largest, total, above)
         x, y = x.to(tl.float32) - base[:, None], y.to(tl.float32) - base[:, None]
         total += tl.sum(tl.exp(x) + tl.exp(y), 1)
         largest = above
@@ -81,17 +81,17 @@ def _softmax(row_ptr, head, chunks, V, LANES: tl.constexpr, C: tl.constexpr, ALI
         x, _, _ = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
         x = x.to(tl.float32)
         above = max_nan(largest, tl.reduce(x, 1, max_nan))
-        base, total = _sum_beside_maximum(largest, total, above)
+        base, total = sum_beside_maximum(largest, total, above)
         total += tl.sum(tl.exp(x - base[:, None]), 1)
         largest = above
     row_max = tl.reduce(largest, 0, max_nan)
     if ALIGNED:
-        _, total = _sum_beside_maximum(largest, total, row_max)
+        _, total = sum_beside_maximum(largest, total, row_max)
         return row_max, tl.sum(total, 0)
     at, inside = edges(head, chunks, V, C)
     x = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
     row_max = max_nan(row_max, tl.reduce(x, 0, max_nan))
-    base, total = _sum_beside_maximum(largest, total, row_max)
+    base, total = sum_beside_maximum(largest, total, row_max)
     return row_max, tl.sum(total, 0) + tl.sum(tl.exp(x - base), 0)
 
 

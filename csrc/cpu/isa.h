@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cosine.h"
+#include "labels_ce.h"
 #include "plif.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
@@ -17,6 +18,8 @@ struct Isa {
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*threshold_forward)(const ThresholdForward&, int64_t begin, int64_t end);
   void (*threshold_backward)(const ThresholdBackward&, int64_t begin, int64_t end);
+  void (*labels_forward)(const LabelsForward&, int64_t begin, int64_t end);
+  void (*labels_backward)(const LabelsBackward&, int64_t begin, int64_t end);
   void (*plif_slopes)(const PlifSlopes&, int64_t begin, int64_t end);  // cells
   void (*plif_topk_forward)(const PlifTopkForward&, int64_t begin, int64_t end);
   // null where nobody needs them; room for k + 1 addends per row and 16 more

@@ -123,6 +123,7 @@ template <> struct Vector<int64_t> : Vector256 {
 #include "formats.inl"
 
 #include "cosine_rows.inl"
+#include "labels_ce_rows.inl"
 #include "plif_rows.inl"
 #include "sparse_linear_rows.inl"
 #include "threshold_ce_rows.inl"
@@ -140,6 +141,8 @@ extern const Isa avx2 = {"avx2",
                          with_avx2::backward,
                          with_avx2::threshold_forward,
                          with_avx2::threshold_backward,
+                         with_avx2::labels_forward,
+                         with_avx2::labels_backward,
                          with_avx2::plif_slopes,
                          with_avx2::plif_topk_forward,
                          with_avx2::plif_topk_backward,
@@ -161,6 +164,7 @@ extern const Isa avx2 = {"avx2",
 #else
 namespace sparse_ce::cpu {
 extern const Isa avx2 = {"avx2",  [] { return false; },
+                         nullptr, nullptr,
                          nullptr, nullptr,
                          nullptr, nullptr,
                          nullptr, nullptr,

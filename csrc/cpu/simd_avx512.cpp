@@ -195,6 +195,7 @@ template <> struct Vector<int64_t> : Vector512 {
 #include "formats.inl"
 
 #include "cosine_rows.inl"
+#include "labels_ce_rows.inl"
 #include "plif_rows.inl"
 #include "sparse_linear_rows.inl"
 #include "threshold_ce_rows.inl"
@@ -213,6 +214,8 @@ extern const Isa avx512 = {"avx512",
                            with_avx512::backward,
                            with_avx512::threshold_forward,
                            with_avx512::threshold_backward,
+                           with_avx512::labels_forward,
+                           with_avx512::labels_backward,
                            with_avx512::plif_slopes,
                            with_avx512::plif_topk_forward,
                            with_avx512::plif_topk_backward,
@@ -234,6 +237,7 @@ extern const Isa avx512 = {"avx512",
 #else
 namespace sparse_ce::cpu {
 extern const Isa avx512 = {"avx512", [] { return false; },
+                           nullptr,  nullptr,
                            nullptr,  nullptr,
                            nullptr,  nullptr,
                            nullptr,  nullptr,

@@ -80,6 +80,7 @@ template <class Key> struct Vector {
 #include "formats.inl"
 
 #include "cosine_rows.inl"
+#include "labels_ce_rows.inl"
 #include "plif_rows.inl"
 #include "sparse_linear_rows.inl"
 #include "threshold_ce_rows.inl"
@@ -93,6 +94,8 @@ extern const Isa portable = {"portable",
                              with_portable::backward,
                              with_portable::threshold_forward,
                              with_portable::threshold_backward,
+                             with_portable::labels_forward,
+                             with_portable::labels_backward,
                              with_portable::plif_slopes,
                              with_portable::plif_topk_forward,
                              with_portable::plif_topk_backward,

@@ -13,6 +13,15 @@ inline int64_t width_of(int64_t count) {
   return width;
 }
 
+// One number of `width` of them, in place: in halves, so that every sum is of few numbers, and every step a loop over lanes.
+template <class T, class Combine> T folded(T* x, int64_t width, Combine combine) {
+  for (int64_t half = width / 2; half > 16; half /= 2)
+    for (int64_t i = 0; i < half; ++i) x[i] = combine(x[i], x[i + half]);
+  T all = x[0];
+  for (int64_t i = 1; i < 32; ++i) all = combine(all, x[i]);
+  return all;
+}
+
 // The row's maximum as a key, NaN above all.
 template <Dtype D, class Key> Key largest_key(const Key* x, int64_t classes) {
   using V = Vector<Key>;
@@ -139,12 +148,7 @@ template <Dtype D, class Mark> Sums sums_of(const typename Format<D>::Key* x, in
     const int64_t width = width_of(count);
     for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
     for (int64_t i = 0; i < width; ++i) e[i] = exp_nonpositive(z[i]);
-    // halves, so that every sum is of few numbers
-    for (int64_t half = width / 2; half > 16; half /= 2)
-      for (int64_t i = 0; i < half; ++i) e[i] += e[i + half];
-    T block = 0;
-    for (int64_t i = 0; i < 32; ++i) block += e[i];
-    sums.exponentials += block;
+    sums.exponentials += folded(e, width, std::plus<T>());
   }
   return sums;
 }

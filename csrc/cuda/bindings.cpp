@@ -19,6 +19,7 @@
 
 #include "cosine.h"
 #include "glue.h"
+#include "labels_ce.h"
 #include "plif.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
@@ -117,6 +118,32 @@ Tensor threshold_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<
   arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
   arguments.logits.count = target.numel();
   check_launch(cuda::backward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes");
+  return dlogits;
+}
+
+LabelsOutputs labels_ce_fwd(const Tensor& logits, const Tensor& labels, double delta) {
+  const c10::DeviceGuard guard(logits.device());
+  const LabelsOutputs outputs = empty_labels_outputs(logits);
+  auto arguments = labels_forward_arguments<cuda::LabelsForward>(logits, labels, delta, outputs);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = std::get<0>(outputs).numel();
+  check_launch(cuda::forward(arguments, current_stream(logits.device())), arguments.logits.count,
+               " rows of ", logits.size(-1), " classes");
+  return outputs;
+}
+
+Tensor labels_ce_bwd(const Tensor& dloss, const Tensor& logits, const Tensor& labels,
+                     const Tensor& negative, const Tensor& positive, const Tensor& cut_negative,
+                     const Tensor& cut_positive) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor dlogits = at::empty(logits.sizes(), logits.options());
+  const Tensor dloss_rows = dloss.contiguous();
+  auto arguments = labels_backward_arguments<cuda::LabelsBackward>(
+      dloss_rows, logits, labels, negative, positive, cut_negative, cut_positive, dlogits);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = negative.numel();
+  check_launch(cuda::backward(arguments, current_stream(logits.device())), negative.numel(),
                " rows of ", logits.size(-1), " classes");
   return dlogits;
 }
@@ -289,6 +316,8 @@ TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
   m.impl("topk_ce_bwd", sparse_ce::topk_ce_bwd);
   m.impl("threshold_ce_fwd", sparse_ce::threshold_ce_fwd);
   m.impl("threshold_ce_bwd", sparse_ce::threshold_ce_bwd);
+  m.impl("labels_ce_fwd", sparse_ce::labels_ce_fwd);
+  m.impl("labels_ce_bwd", sparse_ce::labels_ce_bwd);
   m.impl("plif_fwd", sparse_ce::plif_fwd);
   m.impl("plif_bwd", sparse_ce::plif_bwd);
   m.impl("plif_ce_fwd", sparse_ce::plif_ce_fwd);

@@ -144,9 +144,11 @@ template <class T, int N> __device__ __forceinline__ Chunk<T, N> packed(const T 
   return chunk;
 }
 
-// 8 or 16 bytes that no kernel writes to: such loads need not wait for stores and atomics before them.
+// 2 to 16 bytes that no kernel writes to: such loads need not wait for stores and atomics before them.
 template <class V> __device__ __forceinline__ V load_constant(const V* from) {
-  PTX(using Raw = typename std::conditional<sizeof(V) == 16, uint4, uint2>::type;
+  PTX(using Narrow = std::conditional_t<sizeof(V) == 4, unsigned, unsigned short>;
+      using Wide = std::conditional_t<sizeof(V) == 16, uint4, uint2>;
+      using Raw = std::conditional_t<sizeof(V) < 8, Narrow, Wide>;
       return bit_cast<V>(__ldg(reinterpret_cast<const Raw*>(from)));)
   TWIN(return *from;)
 }

@@ -1,4 +1,4 @@
-// What threshold_ce and plif share: the softmax over all classes of a row in one look at it, and a gradient that is written while the
+// What threshold_ce, labels_ce and plif share: the softmax over all classes of a row in one look at it, and a gradient that is written while the
 // logits are read.
 #pragma once
 
@@ -28,9 +28,10 @@ struct Unchanged {
   template <class S> __device__ __forceinline__ S operator()(S z) const { return z; }
 };
 
-template <class T, class F> __device__ __forceinline__ void absorb(Softmax<StatisticOf<T>>& seen,
-                                                                   const Chunk<T> (&x)[kInFlight],
-                                                                   const F& f) {
+// Returns the largest of these logits.
+template <class T, class F>
+__device__ __forceinline__ StatisticOf<T> absorb(Softmax<StatisticOf<T>>& seen,
+                                                 const Chunk<T> (&x)[kInFlight], const F& f) {
   using S = StatisticOf<T>;
   auto top = x[0].unit[0];
 #pragma unroll
@@ -52,6 +53,23 @@ template <class T, class F> __device__ __forceinline__ void absorb(Softmax<Stati
   for (int step = 1; step < kInFlight; step *= 2)
     for (int c = 0; c < kInFlight; c += 2 * step) sums[c] += sums[c + step];
   seen.total += sums[0];
+  return highest;
+}
+
+// One more logit.
+template <class S> __device__ __forceinline__ void absorb(Softmax<S>& seen, S z) {
+  seen.rise_to(larger(seen.largest, z));
+  seen.total += exp_nonpositive(z - seen.largest);
+}
+
+// What all have seen.
+template <class S, int THREADS>
+__device__ __forceinline__ Softmax<S> together(Group<THREADS>& group, Softmax<S> seen) {
+  seen.rise_to(group.reduce(seen.largest, [](S x, S y) { return larger(x, y); }));
+  seen.total = group.reduce(seen.total, [](S x, S y) { return x + y; });
+  // the exponential of the largest is 1, unless there is none but minus infinity
+  if (seen.total == 0) seen.largest = -kInfinite<S>;
+  return seen;
 }
 
 // Of f of all classes of the row, f being increasing.
@@ -78,16 +96,8 @@ __device__ Softmax<StatisticOf<T>> softmax_of(Group<THREADS>& group, const T* ro
       x[c] = begin + c * THREADS < whole.count ? chunks[begin + c * THREADS] : lowest_chunk<T>();
     absorb<T>(seen, x, f);
   }
-  for_each_edge<T>(group, whole, classes, [&](int i) {
-    const S z = f(number_of(row[i]));
-    seen.rise_to(larger(seen.largest, z));
-    seen.total += exp_nonpositive(z - seen.largest);
-  });
-  seen.rise_to(group.reduce(seen.largest, [](S x, S y) { return larger(x, y); }));
-  seen.total = group.reduce(seen.total, [](S x, S y) { return x + y; });
-  // the exponential of the largest is 1, unless there is none but minus infinity
-  if (seen.total == 0) seen.largest = -kInfinite<S>;
-  return seen;
+  for_each_edge<T>(group, whole, classes, [&](int i) { absorb(seen, f(number_of(row[i]))); });
+  return together(group, seen);
 }
 
 // Whether the whole chunks of a gradient are whole chunks of the logits: unless a view of them begins elsewhere.

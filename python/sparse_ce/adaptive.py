@@ -1,7 +1,7 @@
 """Adaptive sparse softmax: classes that a target already beats by a margin drop out.
 
-Of single labels a composition of the operators of schema.py; of several labels per row tensor
-operations. Source: Lv et al., Adaptive Sparse Softmax, arXiv 2508.03175.
+Compositions of the operators of schema.py, threshold_ce of single labels and labels_ce of several
+per row. Source: Lv et al., Adaptive Sparse Softmax, arXiv 2508.03175.
 """
 
 from typing import Literal, NamedTuple, overload
@@ -77,7 +77,7 @@ def adaptive_sparse_ce(
     into positives and negatives, ``log(1 + sum of exp(z) over the kept negatives) + log(1 + sum of
     exp(-z) over the kept positives)``. A negative is kept where ``min p of the positives - p_i <=
     delta``, a positive where ``p_i - max p of the negatives <= delta``; a row without positives, or
-    without negatives, keeps all. To predict: classes with a logit above 0. In tensor operations.
+    without negatives, keeps all. To predict: classes with a logit above 0.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, classes last, any strides. Never
@@ -85,8 +85,8 @@ def adaptive_sparse_ce(
         target: (...) int64 or int32 class indices; or (..., V) of 0 and 1, of any dtype.
         delta: the margin of probability, in [0, 1].
         weight, ignore_index, label_smoothing, reduction, backend: as in ``fused_sparse_ce``;
-            smoothing spreads over the kept classes. With several labels per row only reduction:
-            the others must be left as they are.
+            smoothing spreads over the kept classes. With several labels per row only reduction and
+            backend: the others must be left as they are.
         return_support: also return the ``AdaptiveSupport``. Not with several labels per row.
 
     Returns:
@@ -101,10 +101,8 @@ def adaptive_sparse_ce(
     checks.reduction(reduction)
     checks.backend(backend)
     if isinstance(target, Tensor) and target.shape == logits.shape and logits.dim() > 0:
-        checks.labels(
-            target, logits, weight, ignore_index, label_smoothing, return_support, backend
-        )
-        return _of_several_labels(logits, target, delta, reduction)
+        checks.labels(target, logits, weight, ignore_index, label_smoothing, return_support)
+        return _of_several_labels(logits, target, float(delta), reduction, backend)
     checks.target(target, logits)
     checks.weight(weight, logits)
     checks.ignore_index(ignore_index)
@@ -129,22 +127,13 @@ def adaptive_sparse_ce(
     return reduced, AdaptiveSupport(lse.view(target.shape), kept, (kept == 1) & counted, counted)
 
 
-def _of_several_labels(logits: Tensor, target: Tensor, delta: float, reduction: str) -> Tensor:
-    z = logits.to(schema.statistics_dtype(logits.dtype))
-    positive = target != 0
-    p = torch.softmax(z.detach(), -1)
-    # inf and -inf where there is no positive, or no negative
-    least = p.masked_fill(~positive, torch.inf).amin(-1, keepdim=True)
-    most = p.masked_fill(positive, -torch.inf).amax(-1, keepdim=True)
-    negatives = ~positive & ~((least - p > delta) & least.isfinite())
-    positives = positive & ~((p - most > delta) & most.isfinite())
-    # an exponent of 0 beside them: the 1 of the formula
-    beside = z.new_zeros((*z.shape[:-1], 1))
-    loss = sum(
-        torch.cat([beside, x.masked_fill(~kept, -torch.inf)], -1).logsumexp(-1)
-        for x, kept in ((z, negatives), (-z, positives))
-    )
-    assert isinstance(loss, Tensor)
+def _of_several_labels(
+    logits: Tensor, target: Tensor, delta: float, reduction: str, backend: str
+) -> Tensor:
+    rows = functional.as_rows(logits)
+    labels = (target if target.dtype == torch.bool else target != 0).reshape(rows.shape)
+    name = backends.resolve(backend, logits.device.type, logits.dtype, False)
+    loss: Tensor = ops.labels_ce_fwd(rows, labels.contiguous(), delta, name)[0]
     if reduction == "none":
-        return loss
+        return loss.view(logits.shape[:-1])
     return loss.sum() / max(1, loss.numel()) if reduction == "mean" else loss.sum()

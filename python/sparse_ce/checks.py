@@ -240,7 +240,6 @@ def labels(
     ignore_index: int,
     label_smoothing: float,
     return_support: bool,
-    backend: str,
 ) -> None:
     """Several labels per row: a target of the shape of the logits, and the options that it has."""
     _no_dtensor("target", value)
@@ -250,11 +249,6 @@ def labels(
         )
     if value.requires_grad:
         raise ValueError("target: expected a tensor without requires_grad, got one with it")
-    if backend not in ("auto", "eager"):
-        raise ValueError(
-            "backend: expected 'auto' or 'eager' where target has the shape of logits, several "
-            f"labels per row, which are tensor operations, got {backend!r}"
-        )
     on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and value.dtype != torch.bool and not bool(((value == 0) | (value == 1)).all()):
         raise ValueError("target: expected 0 and 1 alone where it has the shape of logits")

@@ -189,16 +189,21 @@ def _kept(z: Tensor, cut: Tensor, cut_index: Tensor) -> Tensor:
     return ~below & ~(at_cut & (classes > cut_index.unsqueeze(-1)))
 
 
-def _bound(z: Tensor, row_max: Tensor, hit: Tensor, z_y: Tensor, delta: float) -> Tensor:
+def _bound(log_sum: Tensor, hit: Tensor, y: Tensor, delta: float) -> Tensor:
     """(N): kept is what is not below it, of z - row_max: log(p_y - delta) on all classes, or -inf.
-    Whatever the rounding it is not above the target: what equals it stays.
+    y is z_y - row_max. Whatever the rounding the bound is not above the target: what equals it
+    stays.
 
     Source: Lv et al., Adaptive Sparse Softmax, arXiv 2508.03175.
     """
-    log_sum = (z - row_max.unsqueeze(-1)).exp().sum(-1).log()
-    rest = (z_y - row_max - log_sum).exp() - delta
-    bound = torch.minimum(log_sum + rest.log(), z_y - row_max)
-    return torch.where(hit & (rest > 0), bound, -torch.inf)
+    rest = (y - log_sum).exp() - delta
+    return torch.where(hit & (rest > 0), torch.minimum(log_sum + rest.log(), y), -torch.inf)
+
+
+def _upper_bound(log_sum: Tensor, hit: Tensor, y: Tensor, delta: float) -> Tensor:
+    """The same from above: log(p_y + delta), or inf."""
+    bound = torch.maximum(log_sum + ((y - log_sum).exp() + delta).log(), y)
+    return torch.where(hit & log_sum.isfinite(), bound, torch.inf)
 
 
 def threshold_ce_fwd(
@@ -228,7 +233,8 @@ def threshold_ce_fwd(
         shifted = z - row_max[part].unsqueeze(-1)
         keep = _kept(z, cut[part], cut_index[part])
         if delta < 1:
-            bound = _bound(z, row_max[part], hit, z_y, delta).unsqueeze(-1)
+            log_all = shifted.exp().sum(-1).log()
+            bound = _bound(log_all, hit, z_y - row_max[part], delta).unsqueeze(-1)
             classes = torch.arange(num_classes, device=z.device)
             keep = ~(shifted < bound) | (hit.unsqueeze(-1) & (classes == y.unsqueeze(-1)))
             # the least of those that are kept describes them: equal logits are kept together
@@ -290,6 +296,61 @@ def threshold_ce_bwd(
             g -= spread
         g.scatter_add_(-1, y.unsqueeze(-1), -at_target.unsqueeze(-1))
         dlogits[part] = g.to(dlogits.dtype)
+    return dlogits.view(logits.shape)
+
+
+def _log_one_plus(x: Tensor, kept: Tensor) -> Tensor:
+    """(N): log(1 + sum of exp(x) over those that are kept)."""
+    one = x.new_zeros((x.shape[0], 1))
+    return torch.cat([one, x.masked_fill(~kept, -torch.inf)], -1).logsumexp(-1)
+
+
+def labels_ce_fwd(logits: Tensor, labels: Tensor, delta: float) -> tuple[Tensor, ...]:
+    rows, num_classes = logits.shape[:-1], logits.shape[-1]
+    flat, flat_labels = logits.flatten(0, -2), labels.flatten(0, -2)
+    dtype = statistics_dtype(logits.dtype)
+    outputs = tuple(logits.new_empty(flat.shape[0], dtype=dtype) for _ in range(5))
+    for part in _chunks(flat.shape[0], num_classes):
+        z, is_positive = flat[part].to(dtype), flat_labels[part]
+        row_max = z.amax(-1)
+        shifted = z - row_max.unsqueeze(-1)
+        log_all = shifted.exp().sum(-1).log()
+        low = shifted.masked_fill(~is_positive, torch.inf).amin(-1)
+        high = shifted.masked_fill(is_positive, -torch.inf).amax(-1)
+        from_below = _bound(log_all, is_positive.any(-1), low, delta)
+        from_above = _upper_bound(log_all, ~is_positive.all(-1), high, delta)
+        negatives = ~is_positive & ~(shifted < from_below.unsqueeze(-1))
+        positives = is_positive & ~(shifted > from_above.unsqueeze(-1))
+        negative, positive = _log_one_plus(z, negatives), _log_one_plus(-z, positives)
+        # the extremes of those that are kept describe them: equal logits are kept together
+        least = z.masked_fill(~negatives, torch.inf).amin(-1)
+        most = z.masked_fill(~positives, -torch.inf).amax(-1)
+        cut_negative = torch.where(from_below == -torch.inf, -torch.inf, least)
+        cut_positive = torch.where(from_above == torch.inf, torch.inf, most)
+        found = (negative + positive, negative, positive, cut_negative, cut_positive)
+        for output, values in zip(outputs, found, strict=True):
+            output[part] = values
+    return tuple(output.view(rows) for output in outputs)
+
+
+def labels_ce_bwd(
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    negative: Tensor,
+    positive: Tensor,
+    cut_negative: Tensor,
+    cut_positive: Tensor,
+) -> Tensor:
+    flat, flat_labels = logits.flatten(0, -2), labels.flatten(0, -2)
+    per_row = (dloss, negative, positive, cut_negative, cut_positive)
+    dlogits = logits.new_empty(flat.shape)
+    for part in _chunks(flat.shape[0], logits.shape[-1]):
+        z, is_positive = flat[part].to(negative.dtype), flat_labels[part]
+        a, log_n, log_p, low, high = (t.flatten()[part].unsqueeze(-1) for t in per_row)
+        g = torch.where(is_positive, -a * (-z - log_p).exp(), a * (z - log_n).exp())
+        dropped = torch.where(is_positive, z > high, z < low)
+        dlogits[part] = g.masked_fill_(dropped | (a == 0), 0).to(dlogits.dtype)
     return dlogits.view(logits.shape)
 
 

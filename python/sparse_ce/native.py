@@ -22,5 +22,7 @@ sparse_linear_dhidden = torch.ops.sparse_ce_native.sparse_linear_dhidden.default
 sparse_linear_dweight = torch.ops.sparse_ce_native.sparse_linear_dweight.default
 threshold_ce_fwd = torch.ops.sparse_ce_native.threshold_ce_fwd.default
 threshold_ce_bwd = torch.ops.sparse_ce_native.threshold_ce_bwd.default
+labels_ce_fwd = torch.ops.sparse_ce_native.labels_ce_fwd.default
+labels_ce_bwd = torch.ops.sparse_ce_native.labels_ce_bwd.default
 cosine_fwd = torch.ops.sparse_ce_native.cosine_fwd.default
 cosine_bwd = torch.ops.sparse_ce_native.cosine_bwd.default

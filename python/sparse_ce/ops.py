@@ -35,6 +35,8 @@ topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
 threshold_ce_fwd = torch.ops.sparse_ce.threshold_ce_fwd.default
 threshold_ce_bwd = torch.ops.sparse_ce.threshold_ce_bwd.default
+labels_ce_fwd = torch.ops.sparse_ce.labels_ce_fwd.default
+labels_ce_bwd = torch.ops.sparse_ce.labels_ce_bwd.default
 plif_tables = torch.ops.sparse_ce.plif_tables.default
 plif_scale = torch.ops.sparse_ce.plif_scale.default
 plif_dslopes = torch.ops.sparse_ce.plif_dslopes.default
@@ -266,6 +268,64 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "sparse_ce::threshold_ce_bwd", _threshold_bwd_backward, setup_context=_threshold_bwd_context
+)
+
+
+# labels_ce
+
+
+@torch.library.register_fake("sparse_ce::labels_ce_fwd")
+def _(logits, labels, delta, backend):  # type: ignore[no-untyped-def]
+    rows, dtype = logits.shape[:-1], schema.statistics_dtype(logits.dtype)
+    return tuple(logits.new_empty(rows, dtype=dtype) for _ in range(5))
+
+
+@torch.library.register_fake("sparse_ce::labels_ce_bwd")
+def _(dloss, logits, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _labels_fwd_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, *output[1:])
+
+
+def _labels_fwd_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 4
+    return (labels_ce_bwd(dloss, *ctx.saved_tensors, ctx.backend), None, None, None)
+
+
+def _labels_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dloss, logits, labels, _, _, cut_negative, cut_positive, _ = inputs
+    ctx.save_for_backward(dloss, logits, labels, cut_negative, cut_positive)
+
+
+def _labels_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
+    """Either side is a softmax of its kept classes and of one logit 0 beside them, of z and of -z.
+    All that depends on the logits is attributed to the logits.
+    """
+    a, logits, labels, cut_negative, cut_positive = ctx.saved_tensors
+    z, g = logits.to(a.dtype), ddlogits.to(a.dtype)
+    negatives = ~labels & ~(z < cut_negative.unsqueeze(-1))
+    positives = labels & ~(z > cut_positive.unsqueeze(-1))
+    one = torch.zeros_like(z[..., :1])
+    q, r = (
+        torch.softmax(torch.cat([one, x.masked_fill(~kept, -torch.inf)], -1), -1)[..., 1:]
+        for x, kept in ((z, negatives), (-z, positives))
+    )
+    gq, gr = (g * q).sum(-1), (g * r).sum(-1)
+    dz = q * (g - gq.unsqueeze(-1)) + r * (g - gr.unsqueeze(-1))
+    return (gq - gr, (a.unsqueeze(-1) * dz).to(logits.dtype), *(None,) * 6)
+
+
+torch.library.register_autograd(
+    "sparse_ce::labels_ce_fwd", _labels_fwd_backward, setup_context=_labels_fwd_context
+)
+torch.library.register_autograd(
+    "sparse_ce::labels_ce_bwd", _labels_bwd_backward, setup_context=_labels_bwd_context
 )
 
 

@@ -74,24 +74,37 @@ def adaptive_kept(logits: Tensor, target: Tensor, delta: float) -> Tensor:
     return kept
 
 
+def adaptive_multilabel_kept(logits: Tensor, target: Tensor, delta: float) -> Tensor:
+    """(N, V) bool: negatives with min_pos p - p_i <= delta and positives with p_i - max_neg p <=
+    delta, all where the other side is empty. Source: Lv et al., arXiv 2508.03175.
+    """
+    p = torch.softmax(logits.detach().double(), -1).tolist()
+    kept = torch.zeros(logits.shape, dtype=torch.bool)
+    for n, row in enumerate(p):
+        label = target[n].tolist()
+        least = min((row[i] for i in range(len(row)) if label[i]), default=None)
+        most = max((row[i] for i in range(len(row)) if not label[i]), default=None)
+        for i in range(len(row)):
+            if label[i]:
+                kept[n, i] = most is None or not row[i] - most > delta
+            else:
+                kept[n, i] = least is None or not least - row[i] > delta
+    return kept
+
+
 def adaptive_multilabel(logits: Tensor, target: Tensor, delta: float) -> Tensor:
     """(N,) losses of (N, V) logits with several labels per row, in float64; differentiable."""
     z = logits.double()
-    p = torch.softmax(z.detach(), -1)
+    kept = adaptive_multilabel_kept(logits, target, delta)
     losses = []
     for n in range(z.shape[0]):
-        positive = [i for i in range(z.shape[1]) if target[n, i]]
-        negative = [i for i in range(z.shape[1]) if not target[n, i]]
-        least = min((float(p[n, i]) for i in positive), default=None)
-        most = max((float(p[n, i]) for i in negative), default=None)
         over = z.new_ones(())
         under = z.new_ones(())
-        for i in negative:
-            if least is None or least - float(p[n, i]) <= delta:
-                over = over + z[n, i].exp()
-        for i in positive:
-            if most is None or float(p[n, i]) - most <= delta:
+        for i in range(z.shape[1]):
+            if kept[n, i] and target[n, i]:
                 under = under + (-z[n, i]).exp()
+            elif kept[n, i]:
+                over = over + z[n, i].exp()
         losses.append(over.log() + under.log())
     return torch.stack(losses)
 

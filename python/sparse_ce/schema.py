@@ -26,6 +26,24 @@ threshold_ce, the threshold regime: the same loss where many classes are kept, w
          ->  dlogits (N, V) in the dtype of the logits; of the loss of a row that keeps its target
              alone exact zeros
 
+labels_ce, several labels per row: a threshold on either side of them
+    fwd  logits (N, V), any strides with unit stride in V; labels (N, V) bool contiguous, true of
+         the positives; delta. With p the softmax over all classes, a negative is kept where
+         (least p of the positives) - p_i <= delta, a positive where p_i - (largest p of the
+         negatives) <= delta; where the other side is empty, or p is no number, all are kept.
+         Whatever the rounding, what equals the other side's extreme is.
+         ->  loss (N) = negative + positive,
+             negative (N) = log(1 + sum of exp(z) over the kept negatives),
+             positive (N) = log(1 + sum of exp(-z) over the kept positives),
+             cut_negative (N), the least kept negative: negative i is kept unless z_i < it; -inf
+             where all are kept without a bound, inf where none is,
+             cut_positive (N), the largest kept positive: positive i is kept unless z_i > it; inf
+             where all are kept without a bound, -inf where none is.
+         The loss of a row with NaN is NaN.
+    bwd  the gradient of loss; reads the logits and the labels again
+         ->  dlogits (N, V) in the dtype of the logits: dloss exp(z - negative) of a kept negative,
+             -dloss exp(-z - positive) of a kept positive, exact zeros elsewhere
+
 plif, one increasing piecewise-linear function f for all logits: K cells of equal width on [-bound,
 bound], f(x) = slopes[i] x + offsets[i] in cell i, the end cells without end. The cell of x is
 (x + bound) * (K / (2 bound)) limited to [0, K - 1] (NaN to 0), its integer part, in the arithmetic
@@ -84,11 +102,11 @@ cosine, the distance from the vector of the target: continuous outputs
          ->  doutput (N, D) in the dtype of output
 
 Promises. Outputs are fresh and contiguous; no input is written to. Statistics (everything but
-logits, target, indices and counts) are float32, or float64 for float64 logits. Saved tensors are
-part of the signature, so any backend can run the backward of any other. In the order of the classes
-NaN is largest and -0 equals +0. A target outside [0, V) is "no hit": its loss is NaN and the
-gradient of that loss has no effect. A row whose upstream gradients are all zero gets a gradient of
-exact zeros, NaN logits or not: that is how ignored rows reach a kernel.
+logits, target, labels, indices and counts) are float32, or float64 for float64 logits. Saved
+tensors are part of the signature, so any backend can run the backward of any other. In the order of
+the classes NaN is largest and -0 equals +0. A target outside [0, V) is "no hit": its loss is NaN
+and the gradient of that loss has no effect. A row whose upstream gradients are all zero gets a
+gradient of exact zeros, NaN logits or not: that is how ignored rows reach a kernel.
 """
 
 import importlib
@@ -120,6 +138,15 @@ SIGNATURES = {
         "Tensor? dloss, Tensor? dlse, Tensor logits, Tensor target, Tensor row_max, "
         "Tensor log_sum, Tensor cut, Tensor cut_index, Tensor kept, Tensor? weight, "
         "float label_smoothing",
+        "Tensor",
+    ),
+    "labels_ce_fwd": (
+        "Tensor logits, Tensor labels, float delta",
+        "(Tensor loss, Tensor negative, Tensor positive, Tensor cut_negative, Tensor cut_positive)",
+    ),
+    "labels_ce_bwd": (
+        "Tensor dloss, Tensor logits, Tensor labels, Tensor negative, Tensor positive, "
+        "Tensor cut_negative, Tensor cut_positive",
         "Tensor",
     ),
     "plif_tables": (

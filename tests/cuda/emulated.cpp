@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cosine.h"
+#include "labels_ce.h"
 #include "plif.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
@@ -42,6 +43,12 @@ extern "C" const char* threshold_ce_forward(const ThresholdForward* a) {
   return error_of([&] { return forward(*a, nullptr); });
 }
 extern "C" const char* threshold_ce_backward(const ThresholdBackward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
+}
+extern "C" const char* labels_ce_forward(const LabelsForward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* labels_ce_backward(const LabelsBackward* a) {
   return error_of([&] { return backward(*a, nullptr); });
 }
 extern "C" const char* sparse_linear_gather(const Gather* a) {
