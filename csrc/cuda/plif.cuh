@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
 }
 
 // After topk_ce has listed the row: its indices are there, and everything else is written anew.
-template <class T, int THREADS> __global__ void __launch_bounds__(Group<THREADS>::kBlock)
+template <class T, int THREADS>
+__global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::kBlock)
     plif_topk_forward_kernel(const PlifTopkForward a, const ColumnLink<StatisticOf<T>> f) {
   using G = Group<THREADS>;
   using S = StatisticOf<T>;
@@ -304,7 +305,8 @@ template <class T, int THREADS> __global__ void __launch_bounds__(Group<THREADS>
   list_softmax<S>(group, a.list, n, value, value(k));
 }
 
-template <class T, int THREADS> __global__ void __launch_bounds__(Group<THREADS>::kBlock)
+template <class T, int THREADS>
+__global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::kBlock)
     plif_topk_backward_kernel(const PlifTopkBackward a, const ColumnLink<StatisticOf<T>> f) {
   using G = Group<THREADS>;
   using S = StatisticOf<T>;
