@@ -64,12 +64,13 @@ LINEAR = ("dhidden", "piece", "dweight")
 THRESHOLD = ("threshold_fwd", "threshold_bwd")
 LABELS = ("labels_fwd", "labels_bwd")
 PLIF = ("plif_fwd", "plif_bwd", "plif_ce_fwd", "plif_ce_bwd")
+LISTED = ("plif_topk_fwd", "plif_topk_bwd")
 COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
 
 
 def module_of(kernel: str) -> Any:
     modules = dict.fromkeys(LINEAR, sparse_linear) | dict.fromkeys(THRESHOLD, threshold_ce)
-    modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys(PLIF, plif)
+    modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys((*PLIF, *LISTED), plif)
     modules |= dict.fromkeys(LABELS, labels_ce)
     return modules.get(kernel, topk_ce)
 
@@ -130,9 +131,13 @@ class Case:
                 shared |= {"HAS_DLOSS": self.loss, "HAS_DLSE": self.full or not self.loss}
                 shared |= {"ALIKE": True}
             return {**threshold_ce.options(itemsize, self.num_classes), **shared}
+        upstream = {"HAS_DLOSS": self.loss, "HAS_DPROBS": self.full}
+        upstream["HAS_DLSE"] = self.full or not self.loss
+        if self.kernel in LISTED:
+            upstream |= {"LEARNS": True}
+            backward = upstream if self.kernel == "plif_topk_bwd" else {}
+            return {**plif.list_options(self.k), **shared, **backward}
         if self.kernel == "bwd":
-            upstream = {"HAS_DLOSS": self.loss, "HAS_DPROBS": self.full}
-            upstream["HAS_DLSE"] = self.full or not self.loss
             aligned = {"ALIGNED": self.aligned}
             return {
                 **topk_ce.bwd_options(itemsize, self.num_classes, self.k),
@@ -218,6 +223,8 @@ def resources(case: Case, report: sass.Report) -> dict[str, float]:
     access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
     if case.kernel in (*THRESHOLD, *LABELS, *PLIF):
         return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
+    if case.kernel in LISTED:  # a row is one tile
+        return {"registers": report.registers, "per_row": report.straight}
     if case.kernel in COSINE:
         return {
             "registers": report.registers,
@@ -246,6 +253,7 @@ def recorded_cases() -> list[Case]:
         for name in ("plif_ce_fwd", "plif_ce_bwd")
         for dtype in ("bfloat16", "float32")
     ]
+    linked += [Case(name, "bfloat16", LONG_ROW, k) for name in LISTED for k in (20, 1000)]
     backward = [Case("bwd", dtype, LONG_ROW, 20) for dtype in TYPES]
     vectors = [Case(name, dtype, 300, 1) for name in COSINE for dtype in ("bfloat16", "float32")]
     return [*tuning_cases(), *backward, *linear, *dense, *labelled, *linked, *vectors]

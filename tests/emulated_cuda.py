@@ -198,6 +198,27 @@ class PlifCeBackward(ctypes.Structure):
     ]
 
 
+class PlifColumns(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("slopes", "offsets")),
+        ("cells", ctypes.c_int64),
+        ("bound", ctypes.c_double),
+    ]
+
+
+class PlifTopkForward(ctypes.Structure):
+    _fields_ = [("list", Forward), ("f", PlifColumns), ("values", ctypes.c_void_p)]
+
+
+class PlifTopkBackward(ctypes.Structure):
+    _fields_ = [
+        ("list", Backward),
+        ("f", PlifColumns),
+        ("values", ctypes.c_void_p),
+        ("sums", PlifSums),
+    ]
+
+
 _LAUNCHES = {
     Forward: "topk_ce_forward",
     Backward: "topk_ce_backward",
@@ -213,6 +234,8 @@ _LAUNCHES = {
     PlifBackward: "plif_backward",
     PlifCeForward: "plif_ce_forward",
     PlifCeBackward: "plif_ce_backward",
+    PlifTopkForward: "plif_topk_ce_forward",
+    PlifTopkBackward: "plif_topk_ce_backward",
 }
 
 
@@ -222,8 +245,8 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(emulation.build(emulation.HEADERS / "emulated.cpp", *kernels)))
     for name in ("topk_ce_scratch_bytes", "sparse_linear_scratch_bytes"):
         getattr(library, name).restype = ctypes.c_int64
-    for name in ("plif_outside_parts", "plif_ce_outside_parts"):
-        getattr(library, name).restype = ctypes.c_int64
+    for stem in ("plif", "plif_ce", "plif_topk_ce"):
+        getattr(library, f"{stem}_outside_parts").restype = ctypes.c_int64
     for name in ("kernels_launched", *_LAUNCHES.values()):
         getattr(library, name).restype = ctypes.c_char_p
     return library
@@ -271,11 +294,15 @@ def _rows(logits: Tensor) -> Rows:
     return Rows(logits.data_ptr(), count, classes, inner, outer_stride, inner_stride)
 
 
-def topk_ce_fwd(
-    logits: Tensor, target: Tensor, weight: Tensor | None, k: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _list(
+    outputs: _Outputs,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    k: int,
+    label_smoothing: float,
+) -> tuple[Forward, tuple[Tensor, Tensor, Tensor, Tensor]]:
     leading, statistics = tuple(logits.shape[:-1]), schema.statistics_dtype(logits.dtype)
-    outputs = _Outputs()
     loss, lse = outputs.new(leading, statistics), outputs.new(leading, statistics)
     indices = outputs.new((*leading, k), torch.int32)
     probs = outputs.new((*leading, k), statistics)
@@ -285,9 +312,17 @@ def topk_ce_fwd(
     )  # fmt: skip
     scratch = outputs.new((_library().topk_ce_scratch_bytes(ctypes.byref(arguments)),), torch.uint8)
     arguments.scratch = scratch.data_ptr()
+    return arguments, (loss, lse, indices, probs)
+
+
+def topk_ce_fwd(
+    logits: Tensor, target: Tensor, weight: Tensor | None, k: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _Outputs()
+    arguments, found = _list(outputs, logits, target, weight, k, label_smoothing)
     run(arguments)
     outputs.check()
-    return loss, lse, indices, probs
+    return found
 
 
 def topk_ce_bwd(
@@ -473,13 +508,16 @@ def _plif(lines: Tensor, bound: float) -> Plif:
     return Plif(lines.data_ptr(), len(lines), bound)
 
 
-def outside_parts(arguments: PlifBackward | PlifCeBackward) -> int:
+_PlifBackwards = PlifBackward | PlifCeBackward | PlifTopkBackward
+
+
+def outside_parts(arguments: _PlifBackwards) -> int:
     name = _LAUNCHES[type(arguments)].replace("backward", "outside_parts")
     return getattr(_library(), name)(ctypes.byref(arguments))
 
 
 def _run_with_sums(
-    arguments: PlifBackward | PlifCeBackward,
+    arguments: _PlifBackwards,
     cells: int,
     scale: Tensor | None,
     outputs: _Outputs,
@@ -563,6 +601,56 @@ def plif_ce_bwd(
         _plif(lines, bound), *map(_pointer, above), _rows(logits), _DTYPES.index(logits.dtype),
         *map(_pointer, (target, row_max, log_sum, weight, weights)), label_smoothing,
         dlogits.data_ptr(),
+    )  # fmt: skip
+    return dlogits, *_run_with_sums(arguments, len(slopes), scale, outputs)
+
+
+def plif_topk_ce_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    offsets: Tensor,
+    bound: float,
+    k: int,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    outputs = _Outputs()
+    arguments, found = _list(outputs, logits, target, weight, k, label_smoothing)
+    values = outputs.new((*target.shape, k + 1), slopes.dtype)
+    columns = PlifColumns(slopes.data_ptr(), offsets.data_ptr(), len(slopes), bound)
+    run(PlifTopkForward(arguments, columns, values.data_ptr()))
+    outputs.check()
+    return *found, values
+
+
+def plif_topk_ce_bwd(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    values: Tensor,
+    weight: Tensor | None,
+    slopes: Tensor,
+    bound: float,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    above = [None if d is None else d.contiguous() for d in (dloss, dlse, dprobs)]
+    outputs = _Outputs()
+    dlogits = outputs.new((*target.shape, num_classes), dtype).zero_()
+    arguments = PlifTopkBackward(
+        Backward(
+            *map(_pointer, (*above, target, indices, probs, weight)), label_smoothing,
+            target.numel(), indices.shape[-1], num_classes, dlogits.data_ptr(),
+            _DTYPES.index(dtype),
+        ),
+        PlifColumns(slopes.data_ptr(), None, len(slopes), bound),
+        values.data_ptr(),
     )  # fmt: skip
     return dlogits, *_run_with_sums(arguments, len(slopes), scale, outputs)
 

@@ -25,7 +25,7 @@ KERNELS = {
     "labels_ce": 2,
     "sparse_linear": 3,
     "cosine": 2,
-    "plif": 4,
+    "plif": 6,
 }
 
 

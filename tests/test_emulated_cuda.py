@@ -169,6 +169,19 @@ def test_chosen_kernels_of_plif(classes, threads, parts):
         assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6 * step)
 
 
+@pytest.mark.parametrize("k, threads", [(128, 32), (129, 256)])
+def test_chosen_kernels_of_plif_on_lists(k, threads):
+    logits, target = 2 * torch.randn(2, 200).bfloat16(), torch.tensor([0, 199])
+    slopes, offsets = tables()
+    emulated_cuda.launched()
+    saved = emulated_cuda.plif_topk_ce_fwd(logits, target, None, slopes, offsets, 3.0, k, 0.1)[2:]
+    rest = (target, *saved, None, slopes, 3.0, 0.1, 200, torch.bfloat16, SCALE)
+    emulated_cuda.plif_topk_ce_bwd(torch.ones(2), None, None, *rest)
+    names = [name for name in emulated_cuda.launched() if "plif" in name]
+    assert [re.search(r", (\d+)>", name)[1] for name in names] == [str(threads)] * 2
+    assert emulated_cuda.outside_parts(emulated_cuda.PlifTopkBackward()) == 0
+
+
 @pytest.mark.parametrize("begins", [(0, 0), (1, 0), (0, 3)])
 def test_elements_of_plif_begin_anywhere(begins):
     """In memory: neither of the two, x or dy, at 16 bytes changes a bit."""
@@ -194,7 +207,12 @@ def test_sizes_out_of_range_are_refused(rows, classes, k):
     row = emulated_cuda.Rows(None, rows, classes, 1, classes, 0)
     forward = emulated_cuda.Forward(row, 0, k)
     backward = emulated_cuda.Backward(count=rows, classes=classes, k=k)
-    for arguments in (forward, backward):
+    columns = emulated_cuda.PlifColumns(None, None, 9, 3.0)
+    linked = (
+        emulated_cuda.PlifTopkForward(forward, columns),
+        emulated_cuda.PlifTopkBackward(backward, columns),
+    )
+    for arguments in (forward, backward, *linked):
         assert_refused(arguments)
 
 
@@ -246,6 +264,11 @@ def test_sizes_out_of_range_are_refused_by_plif(rows, classes, cells, bound):
     row = emulated_cuda.Rows(None, rows, classes, 1, classes, 0)
     assert_refused(emulated_cuda.PlifCeForward(f, row))
     assert_refused(emulated_cuda.PlifCeBackward(f, None, None, row))
+    columns = emulated_cuda.PlifColumns(None, None, cells, bound)
+    forward = emulated_cuda.Forward(row, 0, 2)
+    assert_refused(emulated_cuda.PlifTopkForward(forward, columns))
+    backward = emulated_cuda.Backward(count=rows, classes=classes, k=2)
+    assert_refused(emulated_cuda.PlifTopkBackward(backward, columns))
     if (rows, classes) == (1, 5):
         assert_refused(emulated_cuda.PlifForward(f, elements=5))
         assert_refused(emulated_cuda.PlifBackward(f, elements=5))

@@ -41,6 +41,8 @@ OTHERS = [
     aot.Case("labels_bwd", "float32", 50257, 50257, aligned=False),
     aot.Case("plif_ce_fwd", "bfloat16", 50257, 50257, aligned=False, full=True),
     aot.Case("plif_ce_bwd", "bfloat16", 50257, 50257, aligned=False, full=True),
+    aot.Case("plif_topk_fwd", "float32", aot.LONG_ROW, 100, full=True),
+    aot.Case("plif_topk_bwd", "float16", aot.LONG_ROW, 1024, full=True),
     aot.Case("plif_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("plif_bwd", "float32", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("cosine_fwd", "float32", 33, 1),
@@ -72,6 +74,14 @@ VARIANTS = [
         changes=(
             ("LEARNS", False), ("scale_ptr", None), ("ALIKE", False), ("dloss_ptr", None),
             ("class_weight_ptr", None), ("weights_ptr", None),
+        ),
+    ),
+    aot.Case("plif_topk_fwd", "bfloat16", 50257, 20, changes=(("class_weight_ptr", None),)),
+    aot.Case(
+        "plif_topk_bwd", "float32", 50257, 20, loss=False,
+        changes=(
+            ("LEARNS", False), ("scale_ptr", None), ("dloss_ptr", None), ("dprobs_ptr", None),
+            ("class_weight_ptr", None),
         ),
     ),
     aot.Case("dweight", "float32", 1, 20, changes=(("width", 1),)),
@@ -163,7 +173,8 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     topk = [getattr(aot.topk_ce, f"_{name}_kernel") for name in ("fwd", "exact", "sort", "bwd")]
     threshold = [getattr(aot.threshold_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
     labels = [getattr(aot.labels_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
-    plif = [getattr(aot.plif, f"_{name}_kernel") for name in ("fwd", "bwd", "ce_fwd", "ce_bwd")]
+    forms = ("fwd", "bwd", "ce_fwd", "ce_bwd", "topk_fwd", "topk_bwd")
+    plif = [getattr(aot.plif, f"_{name}_kernel") for name in forms]
     cosine = [getattr(aot.cosine, f"_{name}_kernel") for name in ("fwd", "bwd")]
     for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine):
         for parameter in kernel.params:
@@ -176,7 +187,9 @@ def test_a_new_problem_compiles_nothing_new() -> None:
             assert not number or parameter.do_not_specialize or parameter.name in floats
     for kernel in (*topk, *threshold, *labels, *plif[2:]):
         assert all(p.do_not_specialize or p.is_constexpr for p in kernel.params)
-    for name, bucket in (("fwd", range(14, 33)), ("bwd", range(65, 129))):
+    for name, bucket in (
+        ("fwd", range(14, 33)), ("bwd", range(65, 129)), ("plif_topk_bwd", range(64, 128)),
+    ):  # fmt: skip
         for num_classes in (1000, 5000, 32000, 128256):
             options = [aot.Case(name, "bfloat16", num_classes, k).options() for k in bucket]
             assert all(other == options[0] for other in options)

@@ -1,5 +1,5 @@
-"""plif on the GPU: one increasing piecewise-linear function f of all logits, alone and before the
-dense softmax.
+"""plif on the GPU: one increasing piecewise-linear function f of all logits, alone, before the
+dense softmax and on the sparse support.
 
 With v_i, o_i slope and offset of the cell i(x) of x, m the maximum of f(z) over a row, y the
 target, V classes, e the label smoothing, w the class weights, and a, b the gradients of loss and
@@ -20,6 +20,11 @@ which stay in the second cache. Forward reads a row once: each lane has a maximu
 own, and lanes meet at the end; label smoothing takes a second look, from the cache. Backward reads
 the logits and writes the gradient, once each, and sends two atomic additions per logit where the
 slopes learn. A share is computed in float64: of one cell in 100,000, float32 resolves a hundredth.
+
+On the support f keeps the order, so that the k largest are those that topk_ce lists. With S these k
+classes, and sums over S in place of those over V, the formulas are those of topk_ce.py; g is placed
+into zeros, v_i g_i. Saved are the values, 4 (k + 1) bytes per row, beside what topk_ce saves. Both
+kernels move some 20 k bytes per row, next to the V * itemsize that its list, or the zeros, cost.
 """
 
 import torch
@@ -40,6 +45,7 @@ from .rows import (
     warps,
 )
 from .threshold_ce import options as ce_options
+from .topk_ce import list_gradient, list_softmax, topk_ce_fwd
 
 # Elements of a program of the function alone.
 BLOCK = 1024
@@ -369,6 +375,111 @@ def _ce_bwd_kernel(
         tl.store(outside_ptr + part * 2 + 1, part_right)
 
 
+@kernel
+def _topk_fwd_kernel(
+    logits_ptr,  # (N, V), a row is at (row // rows_t) * stride_b + (row % rows_t) * stride_t
+    target_ptr,  # (N) int64
+    class_weight_ptr,  # (V) fp32
+    slopes_ptr,  # (K) fp32
+    offsets_ptr,  # (K) fp32
+    loss_ptr,  # (N) fp32
+    lse_ptr,  # (N) fp32
+    indices_ptr,  # (N, k) int32, given
+    probs_ptr,  # (N, k) fp32
+    values_ptr,  # (N, k + 1) fp32
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    rows_t,
+    V,
+    K,
+    k,
+    bound,
+    rate,
+    label_smoothing,
+    K2: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row_start(tl.program_id(0), rows_t, stride_b, stride_t)
+    rank = tl.arange(0, K2)
+    kept = rank < k
+    index = tl.load(indices_ptr + row * k + rank, mask=kept, other=0)
+    x = tl.load(row_ptr + index, mask=kept, other=0.0).to(tl.float32)
+    y = tl.minimum(tl.maximum(tl.load(target_ptr + row), 0), V - 1)
+    x_y = tl.load(row_ptr + y).to(tl.float32)
+    values_ptr += row * (k + 1)
+    tl.store(values_ptr + rank, x, mask=kept)
+    tl.store(values_ptr + k, x_y)
+    list_softmax(
+        _apply(x, slopes_ptr, offsets_ptr, bound, rate, K), index, kept,
+        _apply(x_y, slopes_ptr, offsets_ptr, bound, rate, K), row, target_ptr, class_weight_ptr,
+        loss_ptr, lse_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
+
+
+@kernel
+def _topk_bwd_kernel(
+    dloss_ptr,  # (N) fp32
+    dlse_ptr,  # (N) fp32
+    dprobs_ptr,  # (N, k) fp32
+    target_ptr,  # (N) int64
+    indices_ptr,  # (N, k) int32
+    probs_ptr,  # (N, k) fp32
+    values_ptr,  # (N, k + 1) fp32
+    class_weight_ptr,  # (V) fp32
+    slopes_ptr,  # (K) fp32
+    scale_ptr,  # () fp64
+    dlogits_ptr,  # (N, V), zeros
+    cells_ptr,  # (K, 2) int64
+    outside_ptr,  # (N, 2) fp64
+    V,
+    K,
+    k,
+    bound,
+    rate,
+    label_smoothing,
+    K2: tl.constexpr,
+    LEARNS: tl.constexpr,
+    HAS_DLOSS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_DPROBS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    hit = (target >= 0) & (target < V)
+    rank = tl.arange(0, K2)
+    kept = rank < k
+    index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
+    g, at_target, outside = list_gradient(
+        index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, probs_ptr,
+        class_weight_ptr, k, label_smoothing, HAS_DLOSS, HAS_DLSE, HAS_DPROBS, HAS_WEIGHT,
+        HAS_SMOOTHING,
+    )  # fmt: skip
+    # what follows the list is the target's
+    g = tl.where(kept, g, at_target)
+    inside = rank < k + outside.to(tl.int32)
+    x = tl.load(values_ptr + row * (k + 1) + rank, mask=inside, other=0.0)
+    cell = _cell(x, bound, rate, K)
+    dx = g * tl.load(slopes_ptr + cell)
+    at = row * V + tl.where(kept, index, target)
+    tl.store(dlogits_ptr + at, dx.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    if LEARNS:
+        # NaN, where p is, is no integer
+        g = tl.where(inside & (g == g), g, 0.0)
+        left, right = _add(g, x, cell, g != 0, cells_ptr, tl.load(scale_ptr), bound, K)
+        tl.store(outside_ptr + row * 2, tl.sum(left, 0))
+        tl.store(outside_ptr + row * 2 + 1, tl.sum(right, 0))
+
+
+def list_options(k: int) -> dict[str, int]:
+    """The configuration of both kernels on the support: the k listed and the target."""
+    size = max(32, triton.next_power_of_2(k + 1))
+    return {"K2": size, **warps(size // 128 or 1)}
+
+
 def _rate(slopes: torch.Tensor, bound: float) -> float:
     return slopes.shape[0] / (2 * bound)
 
@@ -476,5 +587,62 @@ def plif_ce_bwd(
                 ALIGNED=is_aligned(logits, dlogits), ALIKE=begin_alike(logits, dlogits),
                 LEARNS=scale is not None, HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None,
                 HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0, **config,
+            )  # fmt: skip
+    return dlogits, cells, outside.sum(0)
+
+
+def plif_topk_ce_fwd(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    slopes: torch.Tensor,
+    offsets: torch.Tensor,
+    bound: float,
+    k: int,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, ...]:
+    # of the list of the logits the indices stay; the rest is written anew
+    outputs = topk_ce_fwd(logits, target, None, k, 0.0)
+    values = slopes.new_empty((*target.shape, k + 1))
+    if target.numel() > 0:
+        with on_device(logits):
+            _topk_fwd_kernel[(target.numel(),)](
+                logits, target, weight, slopes, offsets, *outputs, values, *row_strides(logits),
+                logits.shape[-1], slopes.shape[0], k, float(bound), _rate(slopes, bound),
+                label_smoothing, HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0,
+                **list_options(k),
+            )  # fmt: skip
+    return *outputs, values
+
+
+def plif_topk_ce_bwd(
+    dloss: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    dprobs: torch.Tensor | None,
+    target: torch.Tensor,
+    indices: torch.Tensor,
+    probs: torch.Tensor,
+    values: torch.Tensor,
+    weight: torch.Tensor | None,
+    slopes: torch.Tensor,
+    bound: float,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    k, rows = indices.shape[-1], target.numel()
+    dlogits = probs.new_zeros((*target.shape, num_classes), dtype=dtype)
+    dloss, dlse, dprobs = (None if g is None else g.contiguous() for g in (dloss, dlse, dprobs))
+    cells, outside = _sums(slopes, scale, rows)
+    if rows > 0:
+        with on_device(probs):
+            _topk_bwd_kernel[(rows,)](
+                dloss, dlse, dprobs, target, indices, probs, values, weight, slopes, scale,
+                dlogits, cells, outside, num_classes, slopes.shape[0], k, float(bound),
+                _rate(slopes, bound), label_smoothing, LEARNS=scale is not None,
+                HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None,
+                HAS_DPROBS=dprobs is not None, HAS_WEIGHT=weight is not None,
+                HAS_SMOOTHING=label_smoothing != 0, **list_options(k),
             )  # fmt: skip
     return dlogits, cells, outside.sum(0)

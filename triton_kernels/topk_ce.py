@@ -177,6 +177,45 @@ def _select(
 
 
 @triton.jit
+def list_softmax(
+    value,  # (SORT) fp32, of rank 0, 1, ...
+    index,  # (SORT)
+    kept,  # (SORT): rank < k
+    z_y,  # () fp32, where the target is a hit
+    row,  # int64
+    target_ptr,
+    weight_ptr,
+    loss_ptr,
+    lse_ptr,
+    probs_ptr,
+    V,
+    k,
+    label_smoothing,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """Loss, log-sum-exp and probabilities of the sorted logits of a list."""
+    rank = tl.arange(0, value.shape[0])
+    row_max = tl.sum(tl.where(rank == 0, value, 0.0), axis=0)
+    shifted = tl.where(kept, value - row_max, float("-inf"))
+    log_sum = tl.log(tl.sum(tl.exp(shifted), axis=0))
+    target = tl.load(target_ptr + row)
+    hit = (target >= 0) & (target < V)
+    loss = log_sum - (z_y - row_max)
+    if HAS_WEIGHT:
+        loss *= tl.load(weight_ptr + target, mask=hit, other=0.0)
+    if HAS_SMOOTHING:
+        nll = log_sum - shifted
+        if HAS_WEIGHT:
+            nll *= tl.load(weight_ptr + index, mask=kept, other=0.0)
+        spread = tl.sum(tl.where(kept, nll, 0.0), axis=0)
+        loss = (1 - label_smoothing) * loss + label_smoothing / k * spread
+    tl.store(loss_ptr + row, tl.where(hit, loss, float("nan")))
+    tl.store(lse_ptr + row, row_max + log_sum)
+    tl.store(probs_ptr + row * k + rank, tl.exp(shifted - log_sum), mask=kept)
+
+
+@triton.jit
 def _finish(
     packed,  # at least k, descending
     row,  # int64
@@ -198,26 +237,13 @@ def _finish(
     kept = rank < k
     index = packed_index(packed)
     value = key_value(packed_key(packed), row_ptr.dtype.element_ty)
-    row_max = tl.sum(tl.where(rank == 0, value, 0.0), axis=0)
-    shifted = tl.where(kept, value - row_max, float("-inf"))
-    log_sum = tl.log(tl.sum(tl.exp(shifted), axis=0))
     target = tl.load(target_ptr + row)
-    hit = (target >= 0) & (target < V)
-    z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
-    loss = log_sum - (z_y - row_max)
-    if HAS_WEIGHT:
-        loss *= tl.load(weight_ptr + target, mask=hit, other=0.0)
-    if HAS_SMOOTHING:
-        nll = log_sum - shifted
-        if HAS_WEIGHT:
-            nll *= tl.load(weight_ptr + index, mask=kept, other=0.0)
-        spread = tl.sum(tl.where(kept, nll, 0.0), axis=0)
-        loss = (1 - label_smoothing) * loss + label_smoothing / k * spread
-    tl.store(loss_ptr + row, tl.where(hit, loss, float("nan")))
-    tl.store(lse_ptr + row, row_max + log_sum)
-    out = row * k + rank
-    tl.store(indices_ptr + out, index, mask=kept)
-    tl.store(probs_ptr + out, tl.exp(shifted - log_sum), mask=kept)
+    z_y = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
+    list_softmax(
+        value, index, kept, z_y, row, target_ptr, weight_ptr, loss_ptr, lse_ptr, probs_ptr, V, k,
+        label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
+    tl.store(indices_ptr + row * k + rank, index, mask=kept)
 
 
 @kernel
@@ -396,6 +422,60 @@ def _sort_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def list_gradient(
+    index,  # (K2), -1 where not kept
+    kept,  # (K2): rank < k
+    target,
+    hit,
+    row,  # int64
+    dloss_ptr,
+    dlse_ptr,
+    dprobs_ptr,
+    probs_ptr,
+    weight_ptr,
+    k,
+    label_smoothing,
+    HAS_DLOSS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_DPROBS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """The gradient of the logits of a list (K2), that of the target, and whether it is outside of
+    the list: inside, it is joined to its own.
+    """
+    at = row * k + tl.arange(0, index.shape[0])
+    p = tl.load(probs_ptr + at, mask=kept, other=0.0)
+    factor = tl.zeros_like(p)
+    at_target = tl.full([], 0.0, tl.float32)
+    spread = tl.zeros_like(p)
+    if HAS_DLOSS:
+        dloss = tl.where(hit, tl.load(dloss_ptr + row), 0.0)
+        at_target = dloss
+        if HAS_WEIGHT:
+            at_target *= tl.load(weight_ptr + target, mask=hit, other=0.0)
+        if HAS_SMOOTHING:
+            at_target *= 1 - label_smoothing
+            spread += dloss * (label_smoothing / k)
+            if HAS_WEIGHT:
+                spread *= tl.load(weight_ptr + index, mask=kept, other=0.0)
+            spread = tl.where(kept, spread, 0.0)
+            factor += tl.sum(spread, axis=0)
+        factor += at_target
+    if HAS_DLSE:
+        factor += tl.load(dlse_ptr + row)
+    if HAS_DPROBS:
+        q = tl.load(dprobs_ptr + at, mask=kept, other=0.0)
+        factor += q - tl.sum(tl.where(q == 0, 0.0, q * p), axis=0)
+    # without upstream gradient exactly zero, also where p is NaN
+    g = tl.where(factor == 0, 0.0, p * factor) - spread
+    is_target = hit & (index == target)
+    g = tl.where(is_target, g - at_target, g)
+    outside = hit & (tl.sum(is_target.to(tl.int32), axis=0) == 0)
+    return g, 0.0 - at_target, outside
+
+
 @kernel
 def _bwd_kernel(
     dloss_ptr,  # (N) fp32
@@ -450,37 +530,14 @@ def _bwd_kernel(
     rank = tl.arange(0, K2)
     kept = rank < k
     index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
-    p = tl.load(probs_ptr + row * k + rank, mask=kept, other=0.0)
-    factor = tl.zeros([K2], tl.float32)
-    at_target = tl.full([], 0.0, tl.float32)
-    spread = tl.zeros([K2], tl.float32)
-    if HAS_DLOSS:
-        dloss = tl.where(hit, tl.load(dloss_ptr + row), 0.0)
-        at_target = dloss
-        if HAS_WEIGHT:
-            at_target *= tl.load(weight_ptr + target, mask=hit, other=0.0)
-        if HAS_SMOOTHING:
-            at_target *= 1 - label_smoothing
-            spread += dloss * (label_smoothing / k)
-            if HAS_WEIGHT:
-                spread *= tl.load(weight_ptr + index, mask=kept, other=0.0)
-            spread = tl.where(kept, spread, 0.0)
-            factor += tl.sum(spread, axis=0)
-        factor += at_target
-    if HAS_DLSE:
-        factor += tl.load(dlse_ptr + row)
-    if HAS_DPROBS:
-        q = tl.load(dprobs_ptr + row * k + rank, mask=kept, other=0.0)
-        factor += q - tl.sum(tl.where(q == 0, 0.0, q * p), axis=0)
-    # without upstream gradient exactly zero, also where p is NaN
-    g = tl.where(factor == 0, 0.0, p * factor) - spread
-    is_target = hit & (index == target)
-    g = tl.where(is_target, g - at_target, g)
+    g, at_target, outside = list_gradient(
+        index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, probs_ptr, weight_ptr, k,
+        label_smoothing, HAS_DLOSS, HAS_DLSE, HAS_DPROBS, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
     tl.debug_barrier()
     tl.store(row_ptr + index, g.to(DTYPE), mask=kept & (index >= low) & (index < high))
-    outside = hit & (tl.sum(is_target.to(tl.int32), axis=0) == 0)
     here = (target >= low) & (target < high)
-    tl.store(row_ptr + target, (0.0 - at_target).to(DTYPE), mask=outside & here)
+    tl.store(row_ptr + target, at_target.to(DTYPE), mask=outside & here)
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,60 @@ PlifGradients plif_ce_bwd(const std::optional<Tensor>& dloss, const std::optiona
   return {dlogits, cells, outside.sum(0)};
 }
 
+cuda::PlifColumns columns_of(const Tensor& slopes, const Tensor& offsets, double bound) {
+  return {slopes.const_data_ptr(), offsets.const_data_ptr(), slopes.size(0), bound};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plif_topk_ce_fwd(
+    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+    const Tensor& slopes, const Tensor& offsets, double bound, int64_t k, double label_smoothing) {
+  const c10::DeviceGuard guard(logits.device());
+  check_lines(slopes, offsets, logits);
+  const Outputs outputs = empty_outputs(logits, k);
+  auto shape = target.sizes().vec();
+  shape.push_back(k + 1);
+  const Tensor values = at::empty(shape, statistics_of(logits));
+  cuda::PlifTopkForward arguments{
+      forward_arguments<cuda::Forward>(logits, target, weight, k, label_smoothing, outputs),
+      columns_of(slopes, offsets, bound), values.data_ptr()};
+  arguments.list.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.list.logits.count = target.numel();
+  const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments.list), logits);
+  arguments.list.scratch = scratch.data_ptr();
+  check_launch(cuda::forward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes, k = ", k, " and ", slopes.size(0),
+               " cells");
+  return std::tuple_cat(outputs, std::tuple(values));
+}
+
+PlifGradients plif_topk_ce_bwd(const std::optional<Tensor>& dloss,
+                               const std::optional<Tensor>& dlse,
+                               const std::optional<Tensor>& dprobs, const Tensor& target,
+                               const Tensor& indices, const Tensor& probs, const Tensor& values,
+                               const std::optional<Tensor>& weight, const Tensor& slopes,
+                               double bound, double label_smoothing, int64_t num_classes,
+                               at::ScalarType dtype, const std::optional<Tensor>& scale) {
+  const c10::DeviceGuard guard(probs.device());
+  check_lines(slopes, slopes, values);
+  auto shape = probs.sizes().vec();
+  shape.back() = num_classes;
+  const Tensor dlogits = at::zeros(shape, probs.options().dtype(dtype));
+  const auto dloss_rows = contiguous(dloss), dlse_rows = contiguous(dlse),
+             dprobs_rows = contiguous(dprobs);
+  cuda::PlifTopkBackward arguments{
+      backward_arguments<cuda::Backward>(dloss_rows, dlse_rows, dprobs_rows, target, indices, probs,
+                                         weight, label_smoothing, dlogits),
+      columns_of(slopes, slopes, bound),
+      values.const_data_ptr(),
+      {}};
+  arguments.list.count = target.numel();
+  const auto [cells, outside] = add_sums(arguments, scale, slopes);
+  check_launch(cuda::backward(arguments, current_stream(probs.device())), target.numel(),
+               " rows of ", num_classes, " classes, k = ", probs.size(-1), " and ", slopes.size(0),
+               " cells");
+  return {dlogits, cells, outside.sum(0)};
+}
+
 CosineOutputs cosine_fwd(const Tensor& output, const Tensor& target, const Tensor& embedding,
                          bool normalize) {
   const c10::DeviceGuard guard(output.device());
@@ -322,6 +376,8 @@ TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
   m.impl("plif_bwd", sparse_ce::plif_bwd);
   m.impl("plif_ce_fwd", sparse_ce::plif_ce_fwd);
   m.impl("plif_ce_bwd", sparse_ce::plif_ce_bwd);
+  m.impl("plif_topk_ce_fwd", sparse_ce::plif_topk_ce_fwd);
+  m.impl("plif_topk_ce_bwd", sparse_ce::plif_topk_ce_bwd);
   m.impl("sparse_linear_buffer", sparse_ce::sparse_linear_buffer);
   m.impl("sparse_linear_dhidden", sparse_ce::sparse_linear_dhidden);
   m.impl("sparse_linear_dweight", sparse_ce::sparse_linear_dweight);

@@ -19,6 +19,14 @@ extern template cudaError_t backward_rows<float>(const PlifCeBackward&, cudaStre
 extern template cudaError_t backward_rows<bfloat16>(const PlifCeBackward&, cudaStream_t);
 extern template cudaError_t backward_rows<float16>(const PlifCeBackward&, cudaStream_t);
 extern template cudaError_t backward_rows<double>(const PlifCeBackward&, cudaStream_t);
+extern template cudaError_t forward_rows<float>(const PlifTopkForward&, cudaStream_t);
+extern template cudaError_t forward_rows<bfloat16>(const PlifTopkForward&, cudaStream_t);
+extern template cudaError_t forward_rows<float16>(const PlifTopkForward&, cudaStream_t);
+extern template cudaError_t forward_rows<double>(const PlifTopkForward&, cudaStream_t);
+extern template cudaError_t backward_rows<float>(const PlifTopkBackward&, cudaStream_t);
+extern template cudaError_t backward_rows<bfloat16>(const PlifTopkBackward&, cudaStream_t);
+extern template cudaError_t backward_rows<float16>(const PlifTopkBackward&, cudaStream_t);
+extern template cudaError_t backward_rows<double>(const PlifTopkBackward&, cudaStream_t);
 
 namespace {
 
@@ -36,7 +44,9 @@ int64_t elements_of_block(Dtype dtype) {
 }
 
 // A float numbers 2^24 cells.
-bool possible(const Plif& f) { return 1 <= f.cells && f.cells <= 1 << 24 && f.bound > 0; }
+template <class F> bool possible(const F& f) {
+  return 1 <= f.cells && f.cells <= 1 << 24 && f.bound > 0;
+}
 
 bool possible(const Plif& f, Dtype dtype, int64_t elements) {
   return possible(f) && elements <= kMaxRows * elements_of_block(dtype);
@@ -60,6 +70,8 @@ int64_t outside_parts(const PlifCeBackward& a) {
          });
 }
 
+int64_t outside_parts(const PlifTopkBackward& a) { return a.list.count; }
+
 cudaError_t forward(const PlifForward& a, cudaStream_t stream) {
   if (a.elements == 0) return cudaSuccess;
   if (!possible(a.f, a.dtype, a.elements)) return cudaErrorInvalidValue;
@@ -82,6 +94,25 @@ cudaError_t backward(const PlifCeBackward& a, cudaStream_t stream) {
   if (a.logits.count == 0) return cudaSuccess;
   if (!possible(a.f, a.logits)) return cudaErrorInvalidValue;
   return by_dtype(a.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
+}
+
+cudaError_t forward(const PlifTopkForward& a, cudaStream_t stream) {
+  if (a.list.logits.count == 0) return cudaSuccess;
+  if (!possible(a.f)) return cudaErrorInvalidValue;
+  // f keeps the order: of the list of the logits the indices stay
+  Forward list = a.list;
+  list.weight = nullptr;
+  list.label_smoothing = 0;
+  const cudaError_t error = forward(list, stream);
+  if (error != cudaSuccess) return error;
+  return by_dtype(list.dtype, [&](auto x) { return forward_rows<decltype(x)>(a, stream); });
+}
+
+cudaError_t backward(const PlifTopkBackward& a, cudaStream_t stream) {
+  if (a.list.count == 0) return cudaSuccess;
+  if (!possible(a.f) || !in_range(a.list.count, a.list.classes, a.list.k))
+    return cudaErrorInvalidValue;
+  return by_dtype(a.list.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
 }
 
 }  // namespace sparse_ce::cuda

@@ -8,9 +8,12 @@
 // Where the slopes learn, backward sends two atomic additions of 64-bit integers per logit, whose sums are the same in any order.
 // What lies outside of the bounds is summed by each thread, then by the threads of a part of the data, in one order, and the
 // parts are summed outside.
+//
+// On the k largest logits, which topk_ce lists, and the target's: a warp to a row, or a block where k is large.
 #pragma once
 
 #include "group.cuh"
+#include "list.cuh"
 #include "order.cuh"
 #include "plif.h"
 #include "rows.cuh"
@@ -26,31 +29,51 @@ template <class S> struct alignas(2 * sizeof(S)) Line {
   __device__ __forceinline__ S operator()(S x) const { return slope * x + offset; }
 };
 
-template <class S> struct Link {
-  const Line<S>* lines;
+template <class S> struct Cells {
   S bound, rate, last;
   double wide_bound, wide_rate;
 
-  explicit Link(const Plif& f)
-      : lines(static_cast<const Line<S>*>(f.lines)),
-        bound(static_cast<S>(f.bound)),
-        rate(static_cast<S>(static_cast<double>(f.cells) / (2 * f.bound))),
-        last(static_cast<S>(f.cells - 1)),
-        wide_bound(f.bound),
-        wide_rate(static_cast<double>(f.cells) / (2 * f.bound)) {}
+  Cells(int64_t cells, double bound)
+      : bound(static_cast<S>(bound)),
+        rate(static_cast<S>(static_cast<double>(cells) / (2 * bound))),
+        last(static_cast<S>(cells - 1)),
+        wide_bound(bound),
+        wide_rate(static_cast<double>(cells) / (2 * bound)) {}
 
   __device__ __forceinline__ int cell_of(S x) const {
     S place = (x + bound) * rate;
     place = place > 0 ? place : S{0};  // a NaN too
     return static_cast<int>(place < last ? place : last);
   }
+};
+
+template <class S> struct Link : Cells<S> {
+  const Line<S>* lines;
+
+  explicit Link(const Plif& f)
+      : Cells<S>(f.cells, f.bound), lines(static_cast<const Line<S>*>(f.lines)) {}
+
   __device__ __forceinline__ Line<S> line(int cell) const { return load_constant(lines + cell); }
-  __device__ __forceinline__ S operator()(S x) const { return line(cell_of(x))(x); }
+  __device__ __forceinline__ S operator()(S x) const { return line(this->cell_of(x))(x); }
+};
+
+template <class S> struct ColumnLink : Cells<S> {
+  const S *slopes, *offsets;
+
+  explicit ColumnLink(const PlifColumns& f)
+      : Cells<S>(f.cells, f.bound),
+        slopes(static_cast<const S*>(f.slopes)),
+        offsets(static_cast<const S*>(f.offsets)) {}
+
+  __device__ __forceinline__ S operator()(S x) const {
+    const int cell = this->cell_of(x);
+    return slopes[cell] * x + offsets[cell];
+  }
 };
 
 // What a thread adds to the sums, and what it has found outside.
 template <class S> struct Adding {
-  const Link<S>& f;
+  const Cells<S>& f;
   int64_t* cells;
   double scale;
   double left = 0, right = 0;
@@ -260,6 +283,61 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
   if (a.sums.scale) sums.finish(group, a.sums.outside + 2 * (n * gridDim.y + blockIdx.y));
 }
 
+// After topk_ce has listed the row: its indices are there, and everything else is written anew.
+template <class T, int THREADS>
+__global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::kBlock)
+    plif_topk_forward_kernel(const PlifTopkForward a, const ColumnLink<StatisticOf<T>> f) {
+  using G = Group<THREADS>;
+  using S = StatisticOf<T>;
+  GROUP_MEMORY(THREADS, group);
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  if (n >= a.list.logits.count) return;
+  const int k = static_cast<int>(a.list.k);
+  const T* row = row_of<T>(a.list.logits, n);
+  const int32_t* indices = a.list.indices + n * a.list.k;
+  S* values = static_cast<S*>(a.values) + n * (a.list.k + 1);
+  const int64_t last = a.list.logits.classes - 1, target = a.list.target[n];
+  const int64_t y = target < 0 ? 0 : target < last ? target : last;
+  for (int rank = group.rank; rank <= k; rank += THREADS)
+    values[rank] = number_of(row[rank < k ? indices[rank] : y]);
+  group.sync();
+  const auto value = [&](int rank) { return f(values[rank]); };
+  list_softmax<S>(group, a.list, n, value, value(k));
+}
+
+template <class T, int THREADS>
+__global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::kBlock)
+    plif_topk_backward_kernel(const PlifTopkBackward a, const ColumnLink<StatisticOf<T>> f) {
+  using G = Group<THREADS>;
+  using S = StatisticOf<T>;
+  GROUP_MEMORY(THREADS, group);
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  if (n >= a.list.count) return;
+  const int k = static_cast<int>(a.list.k);
+  T* row = static_cast<T*>(a.list.dlogits) + n * a.list.classes;
+  const S* values = static_cast<const S*>(a.values) + n * (a.list.k + 1);
+  const ListGradient<S> gradient(group, a.list, n);
+
+  Adding<S> sums{f, a.sums.cells, a.sums.scale ? *a.sums.scale : 0};
+  // the gradient of a row whose probabilities are NaN is NaN, and no integer
+  const bool counted = a.sums.scale && gradient.probs[0] == gradient.probs[0];
+  const auto turn = [&](S g, S x) {
+    const int cell = f.cell_of(x);
+    if (counted) sums.add(g, x, cell);
+    return Order<T>::element(g * f.slopes[cell]);
+  };
+  bool in_support = false;
+  for (int rank = group.rank; rank < k; rank += THREADS) {
+    const int index = gradient.indices[rank];
+    in_support = in_support || gradient.is_target(index);
+    row[index] = turn(gradient(rank), values[rank]);
+  }
+  const int found = group.sum(in_support);
+  if (group.rank == 0 && gradient.hit && found == 0)
+    row[gradient.target] = turn(0 - gradient.at_target, values[k]);
+  if (a.sums.scale) sums.finish(group, a.sums.outside + 2 * n);
+}
+
 template <class T> constexpr int64_t kElementsOfBlock = kPlifBlock * Chunk<T>::kElements;
 
 template <class T> dim3 blocks_of(int64_t elements) {
@@ -296,6 +374,29 @@ template <class T> cudaError_t backward_rows(const PlifCeBackward& a, cudaStream
   else
     launch(plif_ce_backward_kernel<T, 256>,
            dim3(rows, parts_of_gradient<T>(a.logits.count, a.logits.classes)), 256, stream, a, f);
+  return cudaGetLastError();
+}
+
+// Lists that a warp has for itself, where longer ones have a block.
+constexpr int64_t kWarpList = 128;
+
+template <class T> cudaError_t forward_rows(const PlifTopkForward& a, cudaStream_t stream) {
+  const auto rows = static_cast<unsigned>(a.list.logits.count);
+  const ColumnLink<StatisticOf<T>> f(a.f);
+  if (a.list.k <= kWarpList)
+    launch(plif_topk_forward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a, f);
+  else
+    launch(plif_topk_forward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
+  return cudaGetLastError();
+}
+
+template <class T> cudaError_t backward_rows(const PlifTopkBackward& a, cudaStream_t stream) {
+  const auto rows = static_cast<unsigned>(a.list.count);
+  const ColumnLink<StatisticOf<T>> f(a.f);
+  if (a.list.k <= kWarpList)
+    launch(plif_topk_backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a, f);
+  else
+    launch(plif_topk_backward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
   return cudaGetLastError();
 }
 

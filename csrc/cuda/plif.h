@@ -2,7 +2,7 @@
 // glue, a C++ program or an IDE sees.
 #pragma once
 
-#include "rows.h"
+#include "topk_ce.h"
 
 namespace sparse_ce::cuda {
 
@@ -10,6 +10,14 @@ namespace sparse_ce::cuda {
 struct Plif {
   const void* lines;  // (cells, 2) S: slope, offset; 16-byte aligned
   int64_t cells;      // at most 2^24
+  double bound;
+};
+
+// The same in columns, where few look-ups are not worth an array of their own.
+struct PlifColumns {
+  const void* slopes;   // (cells) S
+  const void* offsets;  // (cells) S
+  int64_t cells;        // at most 2^24
   double bound;
 };
 
@@ -70,9 +78,24 @@ struct PlifCeBackward {
   PlifSums sums;
 };
 
+// The k largest logits and the target's.
+struct PlifTopkForward {
+  Forward list;
+  PlifColumns f;
+  void* values;  // (N, k + 1)
+};
+
+struct PlifTopkBackward {
+  Backward list;       // dlogits hold zeros
+  PlifColumns f;       // without offsets
+  const void* values;  // (N, k + 1)
+  PlifSums sums;
+};
+
 // Of the arguments, all but the pointers are looked at.
 int64_t outside_parts(const PlifBackward& arguments);
 int64_t outside_parts(const PlifCeBackward& arguments);
+int64_t outside_parts(const PlifTopkBackward& arguments);
 
 // All return before the kernels have run; what they return is the error of the launch, cudaErrorInvalidValue for sizes that
 // are out of range.
@@ -80,5 +103,7 @@ cudaError_t forward(const PlifForward& arguments, cudaStream_t stream);
 cudaError_t backward(const PlifBackward& arguments, cudaStream_t stream);
 cudaError_t forward(const PlifCeForward& arguments, cudaStream_t stream);
 cudaError_t backward(const PlifCeBackward& arguments, cudaStream_t stream);
+cudaError_t forward(const PlifTopkForward& arguments, cudaStream_t stream);
+cudaError_t backward(const PlifTopkBackward& arguments, cudaStream_t stream);
 
 }  // namespace sparse_ce::cuda

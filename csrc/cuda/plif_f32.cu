@@ -5,4 +5,6 @@ template cudaError_t forward_rows<float>(const PlifForward&, cudaStream_t);
 template cudaError_t backward_rows<float>(const PlifBackward&, cudaStream_t);
 template cudaError_t forward_rows<float>(const PlifCeForward&, cudaStream_t);
 template cudaError_t backward_rows<float>(const PlifCeBackward&, cudaStream_t);
+template cudaError_t forward_rows<float>(const PlifTopkForward&, cudaStream_t);
+template cudaError_t backward_rows<float>(const PlifTopkBackward&, cudaStream_t);
 }  // namespace sparse_ce::cuda

@@ -5,4 +5,6 @@ template cudaError_t forward_rows<double>(const PlifForward&, cudaStream_t);
 template cudaError_t backward_rows<double>(const PlifBackward&, cudaStream_t);
 template cudaError_t forward_rows<double>(const PlifCeForward&, cudaStream_t);
 template cudaError_t backward_rows<double>(const PlifCeBackward&, cudaStream_t);
+template cudaError_t forward_rows<double>(const PlifTopkForward&, cudaStream_t);
+template cudaError_t backward_rows<double>(const PlifTopkBackward&, cudaStream_t);
 }  // namespace sparse_ce::cuda

@@ -13,18 +13,8 @@ extern template cudaError_t backward_rows<bfloat16>(const Backward&, cudaStream_
 extern template cudaError_t backward_rows<float16>(const Backward&, cudaStream_t);
 extern template cudaError_t backward_rows<double>(const Backward&, cudaStream_t);
 
-namespace {
-
-constexpr int64_t kMaxK = 1 << 29;
-
-bool possible(int64_t rows, int64_t classes, int64_t k) {
-  return in_range(rows, classes) && 1 <= k && k <= classes && k <= kMaxK;
-}
-
-}  // namespace
-
 int64_t scratch_bytes(const Forward& a) {
-  if (!possible(a.logits.count, a.logits.classes, a.k)) return 0;
+  if (!in_range(a.logits.count, a.logits.classes, a.k)) return 0;
   const int64_t item = a.dtype == Dtype::f64 ? sizeof(Item64) : sizeof(Item32);
   if (a.k > kMaxListK) return a.logits.count * radix_capacity(a.k) * item;
   const int parts = split_of(a).parts;
@@ -33,7 +23,7 @@ int64_t scratch_bytes(const Forward& a) {
 
 cudaError_t forward(const Forward& a, cudaStream_t stream) {
   if (a.logits.count == 0) return cudaSuccess;
-  if (!possible(a.logits.count, a.logits.classes, a.k)) return cudaErrorInvalidValue;
+  if (!in_range(a.logits.count, a.logits.classes, a.k)) return cudaErrorInvalidValue;
   switch (a.dtype) {
     case Dtype::f32: return forward_rows<float>(a, stream);
     case Dtype::bf16: return forward_rows<bfloat16>(a, stream);
@@ -44,7 +34,7 @@ cudaError_t forward(const Forward& a, cudaStream_t stream) {
 
 cudaError_t backward(const Backward& a, cudaStream_t stream) {
   if (a.count == 0) return cudaSuccess;
-  if (!possible(a.count, a.classes, a.k)) return cudaErrorInvalidValue;
+  if (!in_range(a.count, a.classes, a.k)) return cudaErrorInvalidValue;
   switch (a.dtype) {
     case Dtype::f32: return backward_rows<float>(a, stream);
     case Dtype::bf16: return backward_rows<bfloat16>(a, stream);

@@ -20,6 +20,7 @@
 #pragma once
 
 #include "group.cuh"
+#include "list.cuh"
 #include "order.cuh"
 #include "rows.cuh"
 #include "select.cuh"
@@ -160,39 +161,15 @@ __device__ int collect_exactly(Group<THREADS>& group, Shared<ItemOf<T>> list, co
 template <class T, int THREADS, class List>
 __device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n) {
   using Statistic = StatisticOf<T>;
-  const auto add = [](Statistic x, Statistic y) { return x + y; };
-  const int k = static_cast<int>(a.k);
-  const T* row = row_of<T>(a.logits, n);
-  const auto weight = static_cast<const Statistic*>(a.weight);
-  const Statistic row_max = Order<T>::value(ItemOf<T>(list[0]).key());
-  Statistic total = 0;
-  for (int rank = group.rank; rank < k; rank += THREADS)
-    total += std::exp(Order<T>::value(ItemOf<T>(list[rank]).key()) - row_max);
-  const Statistic log_sum = std::log(group.reduce(total, add));
-
-  const Statistic smoothing = static_cast<Statistic>(a.label_smoothing);
-  Statistic spread = 0;
-  for (int rank = group.rank; rank < k; rank += THREADS) {
-    const ItemOf<T> mine = list[rank];
-    const Statistic shifted = Order<T>::value(mine.key()) - row_max;
-    a.indices[n * a.k + rank] = mine.index();
-    static_cast<Statistic*>(a.probs)[n * a.k + rank] = std::exp(shifted - log_sum);
-    if (smoothing != 0)
-      spread += (weight ? weight[mine.index()] : Statistic{1}) * (log_sum - shifted);
-  }
-  if (smoothing != 0) spread = group.reduce(spread, add);
-  if (group.rank == 0) {
-    const int64_t target = a.target[n];
-    const bool hit = target >= 0 && target < a.logits.classes;
-    Statistic loss = bit_cast<float>(0x7FC00000);
-    if (hit) {
-      const Statistic z = Order<T>::value(Order<T>::key(row[target]));
-      loss = (weight ? weight[target] : Statistic{1}) * (log_sum - (z - row_max));
-      if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing / k * spread;
-    }
-    static_cast<Statistic*>(a.loss)[n] = loss;
-    static_cast<Statistic*>(a.lse)[n] = row_max + log_sum;
-  }
+  for (int rank = group.rank; rank < static_cast<int>(a.k); rank += THREADS)
+    a.indices[n * a.k + rank] = ItemOf<T>(list[rank]).index();
+  const int64_t target = a.target[n];
+  Statistic at_target = 0;
+  if (target >= 0 && target < a.logits.classes)
+    at_target = Order<T>::value(Order<T>::key(row_of<T>(a.logits, n)[target]));
+  list_softmax<Statistic>(
+      group, a, n, [&](int rank) { return Order<T>::value(ItemOf<T>(list[rank]).key()); },
+      at_target);
 }
 
 // From the filled list to the end: of the row, or of its part.
@@ -409,7 +386,6 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
     backward_kernel(const Backward a) {
   using G = Group<THREADS>;
   using Statistic = StatisticOf<T>;
-  const auto add = [](Statistic x, Statistic y) { return x + y; };
   GROUP_MEMORY(THREADS, group);
   const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
   if (n >= a.count) return;
@@ -419,44 +395,19 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
   const Slice slice = slice_of(row, classes);
   fill_zeros(group, row, slice);
 
-  const int64_t target = a.target[n];
-  const bool hit = target >= 0 && target < a.classes;
-  const auto weight = static_cast<const Statistic*>(a.weight);
-  const auto probs = static_cast<const Statistic*>(a.probs) + n * a.k;
-  const auto dprobs = a.dprobs ? static_cast<const Statistic*>(a.dprobs) + n * a.k : nullptr;
-  const int32_t* indices = a.indices + n * a.k;
-  const Statistic smoothing = static_cast<Statistic>(a.label_smoothing);
-  const Statistic dloss = a.dloss && hit ? static_cast<const Statistic*>(a.dloss)[n] : Statistic{0};
-  const Statistic at_target =
-      dloss * (1 - smoothing) * (weight && hit ? weight[target] : Statistic{1});
-  const Statistic share = smoothing == 0 ? Statistic{0} : dloss * (smoothing / k);
-  Statistic factor = at_target + (a.dlse ? static_cast<const Statistic*>(a.dlse)[n] : Statistic{0});
-  if (smoothing != 0 || dprobs) {
-    Statistic sum = 0;
-    for (int rank = group.rank; rank < k; rank += THREADS) {
-      sum += share * (weight ? weight[indices[rank]] : Statistic{1});
-      if (dprobs && dprobs[rank] != 0) sum -= dprobs[rank] * probs[rank];
-    }
-    factor += group.reduce(sum, add);
-  }
+  const ListGradient<Statistic> gradient(group, a, n);
   // the zeros lie before the numbers
   group.sync();
   bool in_support = false;
   for (int rank = group.rank; rank < k; rank += THREADS) {
-    const int index = indices[rank];
-    const Statistic slope = factor + (dprobs ? dprobs[rank] : Statistic{0});
-    // without upstream gradient exactly zero, also where the probability is NaN
-    Statistic g = slope == 0 ? Statistic{0} : probs[rank] * slope;
-    g -= share * (weight ? weight[index] : Statistic{1});
-    if (hit && index == target) {
-      in_support = true;
-      g -= at_target;
-    }
-    if (index >= slice.low && index < slice.high) row[index] = Order<T>::element(g);
+    const int index = gradient.indices[rank];
+    in_support = in_support || gradient.is_target(index);
+    if (index >= slice.low && index < slice.high) row[index] = Order<T>::element(gradient(rank));
   }
   const int found = group.sum(in_support);
-  if (group.rank == 0 && hit && found == 0 && target >= slice.low && target < slice.high)
-    row[target] = Order<T>::element(0 - at_target);
+  const int64_t target = gradient.target;
+  if (group.rank == 0 && gradient.hit && found == 0 && target >= slice.low && target < slice.high)
+    row[target] = Order<T>::element(0 - gradient.at_target);
 }
 
 template <class T> cudaError_t forward_rows(const Forward& arguments, cudaStream_t stream);

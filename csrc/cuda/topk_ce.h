@@ -37,6 +37,10 @@ struct Backward {
   Dtype dtype;
 };
 
+inline bool in_range(int64_t rows, int64_t classes, int64_t k) {
+  return in_range(rows, classes) && 1 <= k && k <= classes && k <= 1 << 29;
+}
+
 // Of the arguments, all but the pointers are looked at.
 int64_t scratch_bytes(const Forward& arguments);
 

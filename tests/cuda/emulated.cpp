@@ -78,3 +78,12 @@ extern "C" const char* plif_ce_forward(const PlifCeForward* a) {
 extern "C" const char* plif_ce_backward(const PlifCeBackward* a) {
   return error_of([&] { return backward(*a, nullptr); });
 }
+extern "C" int64_t plif_topk_ce_outside_parts(const PlifTopkBackward* a) {
+  return outside_parts(*a);
+}
+extern "C" const char* plif_topk_ce_forward(const PlifTopkForward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* plif_topk_ce_backward(const PlifTopkBackward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
+}

@@ -1,0 +1,90 @@
+// The k classes that a row lists, whoever found them: their softmax, and the gradient of their logits. What topk_ce and plif share; the
+// formulas stand in triton_kernels/topk_ce.py.
+#pragma once
+
+#include "group.cuh"
+#include "order.cuh"
+#include "topk_ce.h"
+
+namespace sparse_ce::cuda {
+
+// Loss, log-sum-exp and probabilities from the logits of the list, value(rank) in their order, and the target's. Its indices are
+// there, those of a thread's own ranks at least.
+template <class S, int THREADS, class Value>
+__device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n, Value value,
+                             S at_target) {
+  const auto add = [](S x, S y) { return x + y; };
+  const int k = static_cast<int>(a.k);
+  const auto weight = static_cast<const S*>(a.weight);
+  const S row_max = value(0);
+  S total = 0;
+  for (int rank = group.rank; rank < k; rank += THREADS) total += std::exp(value(rank) - row_max);
+  const S log_sum = std::log(group.reduce(total, add));
+
+  const S smoothing = static_cast<S>(a.label_smoothing);
+  S spread = 0;
+  for (int rank = group.rank; rank < k; rank += THREADS) {
+    const S shifted = value(rank) - row_max;
+    static_cast<S*>(a.probs)[n * a.k + rank] = std::exp(shifted - log_sum);
+    if (smoothing != 0)
+      spread += (weight ? weight[a.indices[n * a.k + rank]] : S{1}) * (log_sum - shifted);
+  }
+  if (smoothing != 0) spread = group.reduce(spread, add);
+  if (group.rank == 0) {
+    const int64_t target = a.target[n];
+    S loss = kNan<S>;
+    if (target >= 0 && target < a.logits.classes) {
+      loss = (weight ? weight[target] : S{1}) * (log_sum - (at_target - row_max));
+      if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing / k * spread;
+    }
+    static_cast<S*>(a.loss)[n] = loss;
+    static_cast<S*>(a.lse)[n] = row_max + log_sum;
+  }
+}
+
+// The gradient of the logits of the list, by rank. The target's is -at_target, joined to that in the list where it is there.
+template <class S> struct ListGradient {
+  const int32_t* indices;
+  const S *probs, *dprobs, *weight;
+  int64_t target;
+  bool hit;
+  S at_target, share, factor;
+
+  // Of all threads of the group.
+  template <int THREADS>
+  __device__ __forceinline__ ListGradient(Group<THREADS>& group, const Backward& a, int64_t n)
+      : indices(a.indices + n * a.k),
+        probs(static_cast<const S*>(a.probs) + n * a.k),
+        dprobs(a.dprobs ? static_cast<const S*>(a.dprobs) + n * a.k : nullptr),
+        weight(static_cast<const S*>(a.weight)),
+        target(a.target[n]),
+        hit(target >= 0 && target < a.classes) {
+    const int k = static_cast<int>(a.k);
+    const S smoothing = static_cast<S>(a.label_smoothing);
+    const S dloss = a.dloss && hit ? static_cast<const S*>(a.dloss)[n] : S{0};
+    at_target = dloss * (1 - smoothing) * (weight && hit ? weight[target] : S{1});
+    share = smoothing == 0 ? S{0} : dloss * (smoothing / k);
+    factor = at_target + (a.dlse ? static_cast<const S*>(a.dlse)[n] : S{0});
+    if (smoothing != 0 || dprobs) {
+      S sum = 0;
+      for (int rank = group.rank; rank < k; rank += THREADS) {
+        sum += share * (weight ? weight[indices[rank]] : S{1});
+        if (dprobs && dprobs[rank] != 0) sum -= dprobs[rank] * probs[rank];
+      }
+      factor += group.reduce(sum, [](S x, S y) { return x + y; });
+    }
+  }
+
+  __device__ __forceinline__ bool is_target(int index) const { return hit && index == target; }
+
+  __device__ __forceinline__ S operator()(int rank) const {
+    const int index = indices[rank];
+    const S slope = factor + (dprobs ? dprobs[rank] : S{0});
+    // without upstream gradient exactly zero, also where the probability is NaN
+    S g = slope == 0 ? S{0} : probs[rank] * slope;
+    g -= share * (weight ? weight[index] : S{1});
+    return is_target(index) ? g - at_target : g;
+  }
+};
+
+}  // namespace sparse_ce::cuda
