@@ -19,6 +19,8 @@ pytestmark = pytest.mark.interpreter
 # (dtype, rows, classes, k) -> the kernels of forward with their numbers, threads per row first
 SHORT_WARP, SHORT_128 = "short 32 8 256", "short 128 16 1024"
 CHOSEN = [
+    (torch.bfloat16, 5, 128, 32, ["short 32 4 128"]),
+    (torch.bfloat16, 5, 129, 32, [SHORT_WARP]),
     (torch.bfloat16, 5, 256, 32, [SHORT_WARP]),
     (torch.bfloat16, 5, 1024, 32, ["long 32 4 1 256"]),
     (torch.float32, 5, 1024, 32, ["long 32 8 1 256"]),

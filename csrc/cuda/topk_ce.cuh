@@ -458,7 +458,9 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
     return cudaGetLastError();
   }
   const Split split = split_of(a);
-  if (a.k <= 32 && classes <= 256)
+  if (a.k <= 32 && classes <= 128)
+    launch_rows<32, T>(forward_short_kernel<T, 32, 4, 128>, a, split, stream);
+  else if (a.k <= 32 && classes <= 256)
     launch_rows<32, T>(forward_short_kernel<T, 32, 8, 256>, a, split, stream);
   else if (a.k <= 32 && classes <= 128 * Chunk<T>::kElements)
     launch_rows<32, T>(forward_long_kernel<T, 32, 4, 1, 256>, a, split, stream);
