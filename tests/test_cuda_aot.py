@@ -45,8 +45,8 @@ def test_compiled(stem: str, dtype: str, architecture: int) -> None:
             loop = report.tightest(*cuda_aot.streamed(name))
             few = "backward" in name and ("f64" in file or stem == "plif")
             assert loop.count(access) >= (2 if few else 4), name
-            # and nothing narrower is in the loop, unless it says which rows, or is looked up; labels
-            # have one access beside that of their chunk
+            # and nothing narrower is in the loop, unless it says which rows, or is looked up; the
+            # labels of a chunk have one access beside it
             beside = loop.count(access) if stem == "labels_ce" and access[:3] == "LDG" else 0
             assert stem in ("sparse_linear", "plif") or loop.count(access) + beside == loop.count(
                 access[:3]
