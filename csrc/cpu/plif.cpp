@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> plif_tables(const Tensor& w, double bound, at::Scalar
 // The formula stands in python/sparse_ce/ops.py.
 Tensor plif_dslopes(const Tensor& cells, const Tensor& outside, const Tensor& scale, double bound,
                     at::ScalarType dtype) {
-  constexpr int64_t kPiece = 16384;
+  constexpr int64_t kPiece = 4096;
   const int64_t count = cells.size(0), middle = count / 2, pieces = (count - 1) / kPiece + 1;
   const Tensor dslopes = at::empty({count}, outside.options().dtype(dtype));
   const int64_t* sums = cells.const_data_ptr<int64_t>();

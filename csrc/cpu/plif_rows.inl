@@ -97,6 +97,12 @@ template <class T, int STRIDE> struct Link {
       x[i] = slopes[at] * x[i] + offsets[at];
     }
   }
+  void prefetch(const int32_t* cell, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(slopes + STRIDE * static_cast<int64_t>(cell[i]));
+      __builtin_prefetch(offsets + STRIDE * static_cast<int64_t>(cell[i]));
+    }
+  }
   // g becomes f'(x) g.
   void differentiate(const int32_t* cell, T* g, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) g[i] *= slopes[STRIDE * static_cast<int64_t>(cell[i])];
@@ -192,6 +198,11 @@ template <class T> struct ListForward {
   Link<T, 1> f;
   int64_t k;
   T* values;
+  void expect(T z_y) const {
+    int32_t cell;
+    f.find(&z_y, 1, &cell);
+    f.prefetch(&cell, 1);
+  }
   void apply(int64_t n, T* z, int64_t steps, T& z_y) const {
     T* row = values + n * (k + 1);
     int32_t cell[kBlock];
@@ -214,21 +225,25 @@ template <class T> struct ListBackward {
   double* outside;
   double scale;
   PlifAddends* addends;
-  void prefetch(int64_t n) const {
-    const T* row = values + n * (k + 1);
-    const int64_t count = std::min(kBlock, k + 1);
-    int32_t cell[kBlock];
-    f.find(row, count, cell);
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(f.slopes + cell[i]);
+  T x[kBlock];
+  int32_t cell[kBlock];
+
+  // A block of a row, filled up to whole steps; returns how many.
+  int64_t load(int64_t n, int64_t first, int64_t pairs) {
+    const int64_t count = whole_steps(pairs);
+    std::fill(std::copy_n(values + n * (k + 1) + first, pairs, x), x + count, T{0});
+    f.find(x, count, cell);
+    return count;
   }
-  void differentiate(int64_t n, T* g, bool finite) const {
-    const T* row = values + n * (k + 1);
-    T x[kBlock];
-    int32_t cell[kBlock];
+  void prefetch(int64_t n) {
+    const int64_t pairs = std::min(kBlock, k + 1);
+    load(n, 0, pairs);
+    f.prefetch(cell, pairs);
+  }
+  void differentiate(int64_t n, T* g, bool finite) {
     for (int64_t first = 0; first <= k; first += kBlock) {
-      const int64_t pairs = std::min(kBlock, k + 1 - first), count = whole_steps(pairs);
-      std::fill(std::copy_n(row + first, pairs, x), x + count, T{0});
-      f.find(x, count, cell);
+      const int64_t pairs = std::min(kBlock, k + 1 - first);
+      const int64_t count = k < kBlock ? whole_steps(pairs) : load(n, first, pairs);
       if (addends && finite) {
         const int64_t at = addends->count;
         std::copy_n(cell, count, addends->cell + at);

@@ -358,6 +358,8 @@ int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
 constexpr int64_t whole_steps(int64_t n) { return (n + 15) / 16 * 16; }
 
 struct Unchanged {
+  // What the target's logit will look up is on its way while the candidates are sorted.
+  template <class T> void expect(T) const {}
   // The logits of a row, sorted and filled up to `steps`, and the target's become f of them.
   template <class T> void apply(int64_t, T*, int64_t, T&) const {}
   // What the gradient of a row will look up is on its way while the zeros are written.
@@ -367,7 +369,7 @@ struct Unchanged {
 };
 
 template <Dtype D, class Curve>
-void forward_rows(const Forward& a, int64_t begin, int64_t end, const Curve& f) {
+void forward_rows(const Forward& a, int64_t begin, int64_t end, Curve f) {
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
@@ -389,6 +391,8 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, const Curve& f) 
       const int64_t found = scratch.group == 8   ? collect<D, 8>(x, classes, scratch)
                             : scratch.group == 4 ? collect<D, 4>(x, classes, scratch)
                                                  : collect<D, 1>(x, classes, scratch);
+      at_target[r] = F::value(x[std::clamp<int64_t>(a.target[first + r], 0, classes - 1)]);
+      f.expect(at_target[r]);
       sort_candidates(scratch, found);
       std::copy_n(scratch.sorted_indices.data(), k, a.indices + (first + r) * k);
       const auto value = [&](int64_t i) {
@@ -398,7 +402,6 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, const Curve& f) 
       };
       T* out = shifted.data() + r * steps;
       for (int64_t i = 0; i < steps; ++i) out[i] = value(i);
-      at_target[r] = F::value(x[std::clamp<int64_t>(a.target[first + r], 0, classes - 1)]);
       f.apply(first + r, out, steps, at_target[r]);
       const T row_max = maxima[r] = out[0];
       for (int64_t i = 0; i < steps; ++i) out[i] -= row_max;
@@ -443,7 +446,7 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, const Curve& f) 
 // --- backward ------------------------------------------------------------------------------------------------------
 
 template <Dtype D, class Curve>
-void backward_rows(const Backward& a, int64_t begin, int64_t end, const Curve& f) {
+void backward_rows(const Backward& a, int64_t begin, int64_t end, Curve f) {
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
