@@ -32,6 +32,7 @@ from sparse_ce import (
     backends,
     fused_sparse_ce,
     ops,
+    plif,
     reference,
     schema,
 )
@@ -467,17 +468,17 @@ def test_nothing_to_count_is_zero(subject, k, rows):
 def test_target_out_of_range_has_no_gradient(subject):
     logits, _ = problem(torch.float32, rows=2)
     z, y = logits.to(subject.device), torch.tensor([-1, 203], device=subject.device)
-    slopes, offsets = (t.detach() for t in bent(device=subject.device).tables(torch.float32))
-    slopes.requires_grad_()
-    arguments = (z.requires_grad_(), y, None, slopes, offsets, 3.0)
+    link = bent(device=subject.device)
+    tables = link.tables(torch.float32, subject.backend)
+    arguments = (z.requires_grad_(), y, None)
     for loss in (
-        ops.plif_ce_fwd(*arguments, 0.1, subject.backend)[0],
-        ops.plif_topk_ce_fwd(*arguments, 20, 0.1, subject.backend)[0],
+        ops.plif_ce_fwd(*arguments, *tables, 3.0, 0.1, subject.backend)[0],
+        plif.topk_plif_ce_fwd(*arguments, link.w, 3.0, 20, 0.1, subject.backend)[0],
     ):
         assert loss.isnan().all()
-        z.grad = slopes.grad = None
+        z.grad = link.w.grad = None
         loss.sum().backward()
-        assert (z.grad == 0).all() and (slopes.grad == 0).all()
+        assert (z.grad == 0).all() and (link.w.grad == 0).all()
 
 
 # what autograd and the compiler make of it
@@ -499,11 +500,11 @@ def test_first_derivative(subject, k, cells, weighted, smoothing):
         slopes, offsets = ops.plif_tables(w, link.bound, torch.float64, subject.backend)
         if k == "function":
             return ops.plif_fwd(x, slopes, offsets, link.bound, subject.backend)
-        arguments = (x, target, weight, slopes, offsets, link.bound)
+        arguments, rest = (x, target, weight), (smoothing, subject.backend)
         if k is None:
-            loss, lse, *_ = ops.plif_ce_fwd(*arguments, smoothing, subject.backend)
+            loss, lse, *_ = ops.plif_ce_fwd(*arguments, slopes, offsets, link.bound, *rest)
             return loss[:3], lse
-        loss, lse, _, probs, _ = ops.plif_topk_ce_fwd(*arguments, k, smoothing, subject.backend)
+        loss, lse, _, probs, *_ = plif.topk_plif_ce_fwd(*arguments, w, link.bound, k, *rest)
         return loss[:3], lse, probs
 
     assert gradcheck(function, (x.requires_grad_(), link.w))
@@ -630,10 +631,13 @@ def test_opcheck(subject, shape, learns):
     check(ops.plif_ce_fwd, leaf, y, weight, *tables, 0.1)
     statistics = ops.plif_ce_fwd(z, y, weight, slopes, offsets, 3.0, 0.1, backend)[2:]
     check(ops.plif_ce_bwd, above, None, z, y, *statistics, weight, slopes, offsets, 3.0, 0.1, scale)
-    check(ops.plif_topk_ce_fwd, leaf, y, weight, *tables, 4, 0.1)
+    check(ops.plif_topk_ce_fwd, z, y, weight, slopes, offsets, 3.0, 4, 0.1)
     found = ops.plif_topk_ce_fwd(z, y, weight, slopes, offsets, 3.0, 4, 0.1, backend)[2:]
-    rest = (weight, slopes, 3.0, 0.1, 11, torch.float32, scale)
-    check(ops.plif_topk_ce_bwd, above, None, None, y, *found, *rest)
+    given, rest = (above, None, None, y, *found, weight), (3.0, 0.1, 11, torch.float32)
+    check(ops.plif_topk_ce_bwd, *given, slopes, *rest, scale)
+    w = link.w.detach()
+    check(plif.topk_plif_ce_fwd, leaf, y, weight, w.clone().requires_grad_(learns), 3.0, 4, 0.1)
+    check(plif.topk_plif_ce_bwd, *given, w, slopes, *rest, learns)
 
 
 @pytest.fixture
@@ -718,6 +722,6 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
 
 def test_every_operator_is_here():
     names = {name for name in (*schema.SIGNATURES, *schema.COMPOSITIONS) if "plif" in name}
-    forms = {"plif", "plif_ce", "plif_topk_ce"}
+    forms = {"plif", "plif_ce", "plif_topk_ce", "topk_plif_ce"}
     passes = {f"{form}_{way}" for form in forms for way in ("fwd", "bwd")}
     assert names == passes | {"plif_tables", "plif_scale", "plif_dslopes"}

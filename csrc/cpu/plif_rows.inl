@@ -97,12 +97,6 @@ template <class T, int STRIDE> struct Link {
       x[i] = slopes[at] * x[i] + offsets[at];
     }
   }
-  void prefetch(const int32_t* cell, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(slopes + STRIDE * static_cast<int64_t>(cell[i]));
-      __builtin_prefetch(offsets + STRIDE * static_cast<int64_t>(cell[i]));
-    }
-  }
   // g becomes f'(x) g.
   void differentiate(const int32_t* cell, T* g, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) g[i] *= slopes[STRIDE * static_cast<int64_t>(cell[i])];
@@ -201,7 +195,8 @@ template <class T> struct ListForward {
   void expect(T z_y) const {
     int32_t cell;
     f.find(&z_y, 1, &cell);
-    f.prefetch(&cell, 1);
+    __builtin_prefetch(f.slopes + cell);
+    __builtin_prefetch(f.offsets + cell);
   }
   void apply(int64_t n, T* z, int64_t steps, T& z_y) const {
     T* row = values + n * (k + 1);
@@ -238,7 +233,7 @@ template <class T> struct ListBackward {
   void prefetch(int64_t n) {
     const int64_t pairs = std::min(kBlock, k + 1);
     load(n, 0, pairs);
-    f.prefetch(cell, pairs);
+    for (int64_t i = 0; i < pairs; ++i) __builtin_prefetch(f.slopes + cell[i]);
   }
   void differentiate(int64_t n, T* g, bool finite) {
     for (int64_t first = 0; first <= k; first += kBlock) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops, schema
-from .plif import MonotonicPLIF
+from .plif import MonotonicPLIF, topk_plif_ce_fwd
 from .support import Support
 
 
@@ -135,18 +135,18 @@ def fused_sparse_ce(
     listed = return_support or (fewer and (not large_k or link is not None))
     name = backends.resolve(backend, logits.device.type, logits.dtype, listed and large_k)
     arguments: Any = (rows, row_target, weight)
-    if link is not None:
-        arguments = (*arguments, *link.tables(logits.dtype, name), link.bound)
     support = None
     if listed:
-        op: Any = ops.topk_ce_fwd if link is None else ops.plif_topk_ce_fwd
-        loss, lse, indices, probs = op(*arguments, k, float(label_smoothing), name)[:4]
+        op: Any = ops.topk_ce_fwd if link is None else topk_plif_ce_fwd
+        curve = () if link is None else (link.w, link.bound)
+        loss, lse, indices, probs = op(*arguments, *curve, k, float(label_smoothing), name)[:4]
         shape = (*target.shape, k)
         support = Support(
             indices.view(shape), probs.view(shape), lse.view(target.shape), num_classes
         )
     elif link is not None:
-        loss = ops.plif_ce_fwd(*arguments, float(label_smoothing), name)[0]
+        tables = link.tables(logits.dtype, name)
+        loss = ops.plif_ce_fwd(*arguments, *tables, link.bound, float(label_smoothing), name)[0]
     else:
         loss = ops.threshold_ce_fwd(*arguments, k, 1.0, float(label_smoothing), name)[0]
     reduced = reduce(loss, row_target, weight, ignore_index, reduction)

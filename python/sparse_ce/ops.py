@@ -401,9 +401,12 @@ def _plif_tables_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _plif_tables_backward(ctx: Any, dslopes: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    (w,) = ctx.saved_tensors
-    dw = torch.ops.aten.softplus_backward(dslopes, w.to(dslopes.dtype), 1.0, 20.0)
-    return dw.to(w.dtype), None, None, None
+    return softplus_gradient(dslopes, ctx.saved_tensors[0]), None, None, None
+
+
+def softplus_gradient(dslopes: Tensor, w: Tensor) -> Tensor:
+    dw: Tensor = torch.ops.aten.softplus_backward(dslopes, w.to(dslopes.dtype), 1.0, 20.0)
+    return dw.to(w.dtype)
 
 
 def _plif_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -454,35 +457,7 @@ def _plif_ce_backward(
     return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 4)
 
 
-def _plif_topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, weight, slopes, _, ctx.bound, _, ctx.label_smoothing, ctx.backend = inputs
-    _, _, indices, probs, values = output
-    ctx.num_classes, ctx.dtype = logits.shape[-1], logits.dtype
-    ctx.mark_non_differentiable(values)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(target, indices, probs, values, weight, slopes)
-
-
-def _plif_topk_backward(
-    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None, __: None
-) -> tuple[Tensor | None, ...]:
-    if dloss is None and dlse is None and dprobs is None:
-        return (None,) * 9
-    target, indices, probs, values, weight, slopes = ctx.saved_tensors
-    scale = None
-    if ctx.needs_input_grad[3]:
-        # a probability is NaN where the log-sum-exp is not finite
-        scale = plif_scale(
-            dloss, dlse, dprobs, target, weight, probs[..., 0], ctx.num_classes, ctx.backend
-        )
-    dlogits, *sums = plif_topk_ce_bwd(
-        dloss, dlse, dprobs, target, indices, probs, values, weight, slopes, ctx.bound,
-        ctx.label_smoothing, ctx.num_classes, ctx.dtype, scale, ctx.backend,
-    )  # fmt: skip
-    return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 5)
-
-
-def _no_second_derivative(*_: Any) -> None:
+def no_second_derivative(*_: Any) -> None:
     raise RuntimeError(
         "MonotonicPLIF: expected a first derivative only, got a backward of its backward"
     )
@@ -492,12 +467,10 @@ for _op, _backward, _context in (
     ("plif_tables", _plif_tables_backward, _plif_tables_context),
     ("plif_fwd", _plif_backward, _plif_context),
     ("plif_ce_fwd", _plif_ce_backward, _plif_ce_context),
-    ("plif_topk_ce_fwd", _plif_topk_backward, _plif_topk_context),
-    ("plif_bwd", _no_second_derivative, None),
-    ("plif_ce_bwd", _no_second_derivative, None),
-    ("plif_topk_ce_bwd", _no_second_derivative, None),
-    ("plif_scale", _no_second_derivative, None),
-    ("plif_dslopes", _no_second_derivative, None),
+    ("plif_bwd", no_second_derivative, None),
+    ("plif_ce_bwd", no_second_derivative, None),
+    ("plif_scale", no_second_derivative, None),
+    ("plif_dslopes", no_second_derivative, None),
 ):
     torch.library.register_autograd(f"sparse_ce::{_op}", _backward, setup_context=_context)
 

@@ -8,6 +8,8 @@ f is held as one line per cell, f(x) = slope x + offset, not as a height above a
 of 1 the offsets are 0, and f(x) is x to the last bit.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -68,3 +70,107 @@ class MonotonicPLIF(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_cells={self.num_cells}, bound={self.bound}, init_std={self.init_std}"
+
+
+# On the support one operator from w to the loss: a node of autograd, and an operator each for the
+# tables, the fixed point and the slopes, would cost as much as all that f does there.
+
+
+def _topk_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    w: Tensor,
+    bound: float,
+    k: int,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    tables: Any = backends.implementation(backend, "plif_tables")
+    softmax: Any = backends.implementation(backend, "plif_topk_ce_fwd")
+    slopes, offsets = tables(w, bound, schema.statistics_dtype(logits.dtype))
+    outputs = softmax(logits, target, weight, slopes, offsets, bound, k, label_smoothing)
+    return *outputs, slopes
+
+
+def _topk_backward(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    values: Tensor,
+    weight: Tensor | None,
+    w: Tensor,
+    slopes: Tensor,
+    bound: float,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+    needed: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    fixed_point: Any = backends.implementation(backend, "plif_scale")
+    gradient: Any = backends.implementation(backend, "plif_topk_ce_bwd")
+    dslopes: Any = backends.implementation(backend, "plif_dslopes")
+    above, scale = (dloss, dlse, dprobs), None
+    if needed:
+        # a probability is NaN where the log-sum-exp is not finite
+        scale = fixed_point(*above, target, weight, probs[..., 0], num_classes)
+    dlogits, *sums = gradient(
+        *above, target, indices, probs, values, weight, slopes, bound, label_smoothing,
+        num_classes, dtype, scale,
+    )  # fmt: skip
+    if scale is None:
+        return dlogits, w.new_empty(0)
+    return dlogits, ops.softplus_gradient(dslopes(*sums, scale, bound, slopes.dtype), w)
+
+
+torch.library.impl("sparse_ce::topk_plif_ce_fwd", "CompositeExplicitAutograd")(_topk_forward)
+torch.library.impl("sparse_ce::topk_plif_ce_bwd", "CompositeExplicitAutograd")(_topk_backward)
+topk_plif_ce_fwd = torch.ops.sparse_ce.topk_plif_ce_fwd.default
+topk_plif_ce_bwd = torch.ops.sparse_ce.topk_plif_ce_bwd.default
+
+
+@torch.library.register_fake("sparse_ce::topk_plif_ce_fwd")
+def _(logits, target, weight, w, bound, k, *rest):  # type: ignore[no-untyped-def]
+    rows, dtype = logits.shape[:-1], schema.statistics_dtype(logits.dtype)
+    shapes = (rows, rows, (*rows, k), (*rows, k + 1), w.shape)
+    loss, lse, *lists = (logits.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, lse, logits.new_empty((*rows, k), dtype=torch.int32), *lists
+
+
+@torch.library.register_fake("sparse_ce::topk_plif_ce_bwd")
+def _(dloss, dlse, dprobs, target, indices, probs, values, weight, w, *rest):  # type: ignore[no-untyped-def]
+    _, _, _, num_classes, dtype, needed, _ = rest
+    dlogits = probs.new_empty((*target.shape, num_classes), dtype=dtype)
+    return dlogits, w.new_empty(w.shape if needed else 0)
+
+
+def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, w, ctx.bound, _, ctx.label_smoothing, ctx.backend = inputs
+    _, _, indices, probs, values, slopes = output
+    ctx.num_classes, ctx.dtype = logits.shape[-1], logits.dtype
+    ctx.mark_non_differentiable(values, slopes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(target, indices, probs, values, weight, w, slopes)
+
+
+def _topk_autograd(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None, *__: None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None and dprobs is None:
+        return (None,) * 8
+    needed = ctx.needs_input_grad[3]
+    dlogits, dw = topk_plif_ce_bwd(
+        dloss, dlse, dprobs, *ctx.saved_tensors, ctx.bound, ctx.label_smoothing, ctx.num_classes,
+        ctx.dtype, needed, ctx.backend,
+    )  # fmt: skip
+    return (dlogits, None, None, dw if needed else None, *(None,) * 4)
+
+
+torch.library.register_autograd(
+    "sparse_ce::topk_plif_ce_fwd", _topk_autograd, setup_context=_topk_context
+)
+torch.library.register_autograd("sparse_ce::topk_plif_ce_bwd", ops.no_second_derivative)

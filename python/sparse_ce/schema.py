@@ -209,12 +209,24 @@ SIGNATURES = {
     ),
 }
 
-# Compositions of the operators above, the same on every backend; implemented in linear.py.
+# Compositions of the operators above, the same on every backend; implemented in linear.py, and in
+# plif.py those of plif.
 _LINEAR = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, SymInt k, "
     "float label_smoothing, ScalarType dtype, SymInt chunk_rows"
 )
 COMPOSITIONS = {
+    "topk_plif_ce_fwd": (
+        "Tensor logits, Tensor target, Tensor? weight, Tensor w, float bound, SymInt k, "
+        "float label_smoothing",
+        "(Tensor loss, Tensor lse, Tensor indices, Tensor probs, Tensor values, Tensor slopes)",
+    ),
+    "topk_plif_ce_bwd": (
+        "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor target, Tensor indices, Tensor probs, "
+        "Tensor values, Tensor? weight, Tensor w, Tensor slopes, float bound, "
+        "float label_smoothing, SymInt num_classes, ScalarType dtype, bool needed",
+        "(Tensor dlogits, Tensor dw)",
+    ),
     "topk_linear_ce_fwd": (
         f"{_LINEAR}, bool sparse",
         "(Tensor loss, Tensor lse, Tensor indices, Tensor probs)",
