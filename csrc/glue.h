@@ -327,6 +327,16 @@ inline Tensor lines_of(const Tensor& slopes, const Tensor& offsets, const Tensor
   return at::stack({slopes, offsets}, -1);
 }
 
+// loss, lse, indices, probs, values
+using PlifTopkOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Not filled yet; beside the first four, the logits of the list and the target's.
+inline Tensor empty_values(const Tensor& logits, int64_t k) {
+  auto shape = logits.sizes().slice(0, logits.dim() - 1).vec();
+  shape.push_back(k + 1);
+  return at::empty(shape, statistics_of(logits));
+}
+
 template <class Arguments>
 Arguments plif_arguments(const Tensor& lines, double bound, const Tensor& x) {
   TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");

@@ -86,6 +86,7 @@ fi
 sizes="33x5 or 257x21 or 1003x20 or 1003x129 or 5001x20 or 5001x300 or 5001x5001"
 [ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
 cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
+cases="$cases or test_lists_of_any_length or test_the_same_bits_again"
 tools=(memcheck racecheck synccheck)
 [ "$mode" = full ] && tools+=(initcheck)
 command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
@@ -95,8 +96,8 @@ for tool in "${tools[@]}"; do
   backends="cuda-cuda"
   [ "$tool" = memcheck ] && backends="triton-cuda or cuda-cuda"
   stage "compute-sanitizer $tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-    --error-exitcode 9 --report-api-errors no "${pytest[@]}" tests/test_kernels.py tests/test_linear.py \
-    -k "($backends) and ($cases)"
+    --error-exitcode 9 --report-api-errors no "${pytest[@]}" tests/test_kernels.py tests/test_linear.py tests/test_labels.py \
+    tests/test_plif.py -k "($backends) and ($cases)"
   # a virtual machine may keep the debugging interface from it
   if grep -q "Device not supported" "$output"; then
     failed=$before

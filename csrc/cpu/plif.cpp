@@ -159,24 +159,19 @@ PlifGradients plif_bwd(const Tensor& dy, const Tensor& x, const Tensor& slopes, 
   return {dx, cells, outside};
 }
 
-// loss, lse, indices, probs, values
-using ListOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 int64_t list_grain(int64_t classes) { return std::max<int64_t>(1, 65536 / classes); }
 
 cpu::PlifColumns columns_of(const Tensor& slopes, const Tensor& offsets, double bound) {
   return {slopes.const_data_ptr(), offsets.const_data_ptr(), slopes.size(0), bound};
 }
 
-ListOutputs plif_topk_ce_fwd(const Tensor& logits, const Tensor& target,
-                             const std::optional<Tensor>& weight, const Tensor& slopes,
-                             const Tensor& offsets, double bound, int64_t k,
-                             double label_smoothing) {
+PlifTopkOutputs plif_topk_ce_fwd(const Tensor& logits, const Tensor& target,
+                                 const std::optional<Tensor>& weight, const Tensor& slopes,
+                                 const Tensor& offsets, double bound, int64_t k,
+                                 double label_smoothing) {
   check_lines(slopes, offsets, logits);
   const Outputs outputs = empty_outputs(logits, k);
-  auto shape = target.sizes().vec();
-  shape.push_back(k + 1);
-  const Tensor values = at::empty(shape, statistics_of(logits));
+  const Tensor values = empty_values(logits, k);
   cpu::PlifTopkForward arguments{
       forward_arguments<cpu::Forward>(logits, target, weight, k, label_smoothing, outputs),
       columns_of(slopes, offsets, bound), values.data_ptr()};

@@ -220,8 +220,8 @@ template <class T> struct ListBackward {
   double* outside;
   double scale;
   PlifAddends* addends;
-  T x[kBlock];
-  int32_t cell[kBlock];
+  T x[kBlock] = {};
+  int32_t cell[kBlock] = {};
 
   // A block of a row, filled up to whole steps; returns how many.
   int64_t load(int64_t n, int64_t first, int64_t pairs) {

@@ -285,15 +285,14 @@ cuda::PlifColumns columns_of(const Tensor& slopes, const Tensor& offsets, double
   return {slopes.const_data_ptr(), offsets.const_data_ptr(), slopes.size(0), bound};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plif_topk_ce_fwd(
-    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-    const Tensor& slopes, const Tensor& offsets, double bound, int64_t k, double label_smoothing) {
+PlifTopkOutputs plif_topk_ce_fwd(const Tensor& logits, const Tensor& target,
+                                 const std::optional<Tensor>& weight, const Tensor& slopes,
+                                 const Tensor& offsets, double bound, int64_t k,
+                                 double label_smoothing) {
   const c10::DeviceGuard guard(logits.device());
   check_lines(slopes, offsets, logits);
   const Outputs outputs = empty_outputs(logits, k);
-  auto shape = target.sizes().vec();
-  shape.push_back(k + 1);
-  const Tensor values = at::empty(shape, statistics_of(logits));
+  const Tensor values = empty_values(logits, k);
   cuda::PlifTopkForward arguments{
       forward_arguments<cuda::Forward>(logits, target, weight, k, label_smoothing, outputs),
       columns_of(slopes, offsets, bound), values.data_ptr()};
