@@ -45,7 +45,7 @@ from .rows import (
     warps,
 )
 from .threshold_ce import options as ce_options
-from .topk_ce import list_gradient, list_softmax, topk_ce_fwd
+from .topk_ce import list_gradient, list_loss, list_sums, topk_ce_fwd
 
 # Elements of a program of the function alone.
 BLOCK = 1024
@@ -406,16 +406,19 @@ def _topk_fwd_kernel(
     kept = rank < k
     index = tl.load(indices_ptr + row * k + rank, mask=kept, other=0)
     x = tl.load(row_ptr + index, mask=kept, other=0.0).to(tl.float32)
-    y = tl.minimum(tl.maximum(tl.load(target_ptr + row), 0), V - 1)
-    x_y = tl.load(row_ptr + y).to(tl.float32)
+    target = tl.load(target_ptr + row)
+    x_y = tl.load(row_ptr + tl.minimum(tl.maximum(target, 0), V - 1)).to(tl.float32)
     values_ptr += row * (k + 1)
     tl.store(values_ptr + rank, x, mask=kept)
     tl.store(values_ptr + k, x_y)
-    list_softmax(
-        _apply(x, slopes_ptr, offsets_ptr, bound, rate, K), index, kept,
-        _apply(x_y, slopes_ptr, offsets_ptr, bound, rate, K), row, target_ptr, class_weight_ptr,
-        loss_ptr, lse_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+    f = _apply(x, slopes_ptr, offsets_ptr, bound, rate, K)
+    f_y = _apply(x_y, slopes_ptr, offsets_ptr, bound, rate, K)
+    row_max, shifted, log_sum = list_sums(f, kept)
+    list_loss(
+        row_max, shifted, log_sum, index, kept, target, (target >= 0) & (target < V), f_y, row,
+        class_weight_ptr, loss_ptr, lse_ptr, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
+    tl.store(probs_ptr + row * k + rank, tl.exp(shifted - log_sum), mask=kept)
 
 
 @kernel

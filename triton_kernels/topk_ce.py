@@ -177,30 +177,36 @@ def _select(
 
 
 @triton.jit
-def list_softmax(
-    value,  # (SORT) fp32, of rank 0, 1, ...
+def list_sums(value, kept):
+    """Of the sorted logits of a list, of which rank 0 is the largest: the maximum, the distances
+    from it, and the logarithm of their sum of exponentials.
+    """
+    rank = tl.arange(0, value.shape[0])
+    row_max = tl.sum(tl.where(rank == 0, value, 0.0), axis=0)
+    shifted = tl.where(kept, value - row_max, float("-inf"))
+    return row_max, shifted, tl.log(tl.sum(tl.exp(shifted), axis=0))
+
+
+@triton.jit
+def list_loss(
+    row_max,
+    shifted,  # (SORT), of rank 0, 1, ...
+    log_sum,
     index,  # (SORT)
     kept,  # (SORT): rank < k
+    target,
+    hit,
     z_y,  # () fp32, where the target is a hit
     row,  # int64
-    target_ptr,
     weight_ptr,
     loss_ptr,
     lse_ptr,
-    probs_ptr,
-    V,
     k,
     label_smoothing,
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """Loss, log-sum-exp and probabilities of the sorted logits of a list."""
-    rank = tl.arange(0, value.shape[0])
-    row_max = tl.sum(tl.where(rank == 0, value, 0.0), axis=0)
-    shifted = tl.where(kept, value - row_max, float("-inf"))
-    log_sum = tl.log(tl.sum(tl.exp(shifted), axis=0))
-    target = tl.load(target_ptr + row)
-    hit = (target >= 0) & (target < V)
+    """Loss and log-sum-exp of a list."""
     loss = log_sum - (z_y - row_max)
     if HAS_WEIGHT:
         loss *= tl.load(weight_ptr + target, mask=hit, other=0.0)
@@ -212,7 +218,6 @@ def list_softmax(
         loss = (1 - label_smoothing) * loss + label_smoothing / k * spread
     tl.store(loss_ptr + row, tl.where(hit, loss, float("nan")))
     tl.store(lse_ptr + row, row_max + log_sum)
-    tl.store(probs_ptr + row * k + rank, tl.exp(shifted - log_sum), mask=kept)
 
 
 @triton.jit
@@ -237,13 +242,17 @@ def _finish(
     kept = rank < k
     index = packed_index(packed)
     value = key_value(packed_key(packed), row_ptr.dtype.element_ty)
+    row_max, shifted, log_sum = list_sums(value, kept)
     target = tl.load(target_ptr + row)
-    z_y = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
-    list_softmax(
-        value, index, kept, z_y, row, target_ptr, weight_ptr, loss_ptr, lse_ptr, probs_ptr, V, k,
-        label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+    hit = (target >= 0) & (target < V)
+    z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
+    list_loss(
+        row_max, shifted, log_sum, index, kept, target, hit, z_y, row, weight_ptr, loss_ptr,
+        lse_ptr, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
-    tl.store(indices_ptr + row * k + rank, index, mask=kept)
+    out = row * k + rank
+    tl.store(indices_ptr + out, index, mask=kept)
+    tl.store(probs_ptr + out, tl.exp(shifted - log_sum), mask=kept)
 
 
 @kernel
