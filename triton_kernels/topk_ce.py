@@ -638,7 +638,8 @@ def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-
     parts, part_size = _parts(rows, num_classes, k)
     selection = fwd_selection(logits.element_size(), part_size, k)
     exact, options = exact_options(selection.SORT), {**options, "SPLIT": parts > 1}
-    programs = min(rows * parts, 1024)
+    # of 2 lists each: more of them would outweigh all else that forward allocates
+    programs = min(rows * parts, 256)
     best = logits.new_empty((rows, parts, k) if parts > 1 else 0, dtype=torch.int64)
     found = logits.new_empty((rows, parts, selection.SORT), dtype=torch.int64)
     pieces = logits.new_empty((rows, parts, selection.SORT + 2), dtype=torch.int32)
