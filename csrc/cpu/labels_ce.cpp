@@ -7,20 +7,18 @@
 
 #include "glue.h"
 #include "gradient_memory.h"
+#include "grain.h"
 #include "isa.h"
 
 namespace sparse_ce {
 namespace {
-
-// About 16 Ki exponentials per task.
-int64_t grain(int64_t classes) { return std::max<int64_t>(1, 16384 / classes); }
 
 LabelsOutputs labels_ce_fwd(const Tensor& logits, const Tensor& labels, double delta) {
   const LabelsOutputs outputs = empty_labels_outputs(logits);
   auto arguments = labels_forward_arguments<cpu::LabelsForward>(logits, labels, delta, outputs);
   arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto forward = cpu::isa().labels_forward;
-  at::parallel_for(0, std::get<0>(outputs).numel(), grain(logits.size(-1)),
+  at::parallel_for(0, std::get<0>(outputs).numel(), cpu::rows_of_exponentials(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
   return outputs;
 }
@@ -34,7 +32,7 @@ Tensor labels_ce_bwd(const Tensor& dloss, const Tensor& logits, const Tensor& la
       dloss_rows, logits, labels, negative, positive, cut_negative, cut_positive, dlogits);
   arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto backward = cpu::isa().labels_backward;
-  at::parallel_for(0, negative.numel(), grain(logits.size(-1)),
+  at::parallel_for(0, negative.numel(), cpu::rows_of_exponentials(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { backward(arguments, begin, end); });
   return dlogits;
 }

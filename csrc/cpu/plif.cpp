@@ -16,13 +16,11 @@
 
 #include "glue.h"
 #include "gradient_memory.h"
+#include "grain.h"
 #include "isa.h"
 
 namespace sparse_ce {
 namespace {
-
-// About 16 Ki exponentials per task.
-int64_t grain(int64_t classes) { return std::max<int64_t>(1, 16384 / classes); }
 
 // (N, 2) -> (2), in one order.
 Tensor sum_of_rows(const std::vector<double>& rows) {
@@ -159,8 +157,6 @@ PlifGradients plif_bwd(const Tensor& dy, const Tensor& x, const Tensor& slopes, 
   return {dx, cells, outside};
 }
 
-int64_t list_grain(int64_t classes) { return std::max<int64_t>(1, 65536 / classes); }
-
 cpu::PlifColumns columns_of(const Tensor& slopes, const Tensor& offsets, double bound) {
   return {slopes.const_data_ptr(), offsets.const_data_ptr(), slopes.size(0), bound};
 }
@@ -177,7 +173,7 @@ PlifTopkOutputs plif_topk_ce_fwd(const Tensor& logits, const Tensor& target,
       columns_of(slopes, offsets, bound), values.data_ptr()};
   arguments.list.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto forward = cpu::isa().plif_topk_forward;
-  at::parallel_for(0, target.numel(), list_grain(logits.size(-1)),
+  at::parallel_for(0, target.numel(), cpu::rows_to_stream(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
   return std::tuple_cat(outputs, std::tuple(values));
 }
@@ -204,23 +200,24 @@ PlifGradients plif_topk_ce_bwd(const std::optional<Tensor>& dloss,
   const auto backward = cpu::isa().plif_topk_backward;
   int64_t* sums = cells.mutable_data_ptr<int64_t>();
   std::mutex mutex;
-  at::parallel_for(0, target.numel(), list_grain(num_classes), [&](int64_t begin, int64_t end) {
-    if (!scale) return backward(arguments, nullptr, begin, end);
-    // a thread adds what it found while it is in the cache
-    const int64_t pairs = values.size(-1), step = std::max<int64_t>(1, 8192 / pairs);
-    std::vector<int32_t> cell(step * pairs + 16);
-    std::vector<int64_t> mass(cell.size()), moment(cell.size());
-    for (int64_t first = begin; first < end; first += step) {
-      cpu::PlifAddends addends{cell.data(), mass.data(), moment.data(), 0};
-      backward(arguments, &addends, first, std::min(first + step, end));
-      const std::lock_guard<std::mutex> lock(mutex);
-      for (int64_t i = 0; i < addends.count; ++i) {
-        int64_t* sum = sums + 2 * static_cast<int64_t>(cell[i]);
-        sum[0] += mass[i];
-        sum[1] += moment[i];
-      }
-    }
-  });
+  at::parallel_for(
+      0, target.numel(), cpu::rows_to_stream(num_classes), [&](int64_t begin, int64_t end) {
+        if (!scale) return backward(arguments, nullptr, begin, end);
+        // a thread adds what it found while it is in the cache
+        const int64_t pairs = values.size(-1), step = std::max<int64_t>(1, 8192 / pairs);
+        std::vector<int32_t> cell(step * pairs + 16);
+        std::vector<int64_t> mass(cell.size()), moment(cell.size());
+        for (int64_t first = begin; first < end; first += step) {
+          cpu::PlifAddends addends{cell.data(), mass.data(), moment.data(), 0};
+          backward(arguments, &addends, first, std::min(first + step, end));
+          const std::lock_guard<std::mutex> lock(mutex);
+          for (int64_t i = 0; i < addends.count; ++i) {
+            int64_t* sum = sums + 2 * static_cast<int64_t>(cell[i]);
+            sum[0] += mass[i];
+            sum[1] += moment[i];
+          }
+        }
+      });
   return {dlogits, cells, sum_of_rows(outside_rows)};
 }
 
@@ -274,7 +271,7 @@ Outputs plif_ce_fwd(const Tensor& logits, const Tensor& target, const std::optio
                                                                  weight, label_smoothing, outputs);
   arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto forward = cpu::isa().plif_ce_forward;
-  at::parallel_for(0, target.numel(), grain(logits.size(-1)),
+  at::parallel_for(0, target.numel(), cpu::rows_of_exponentials(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
   return outputs;
 }
@@ -293,7 +290,7 @@ PlifGradients plif_ce_bwd(const std::optional<Tensor>& dloss, const std::optiona
   arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto backward = cpu::isa().plif_ce_backward;
   const auto [cells, outside] =
-      sums_over(target.numel(), grain(logits.size(-1)), slopes.size(0), scale,
+      sums_over(target.numel(), cpu::rows_of_exponentials(logits.size(-1)), slopes.size(0), scale,
                 [&](auto&&... rest) { backward(arguments, rest...); });
   return {dlogits, cells, outside};
 }

@@ -8,13 +8,11 @@
 
 #include "glue.h"
 #include "gradient_memory.h"
+#include "grain.h"
 #include "isa.h"
 
 namespace sparse_ce {
 namespace {
-
-// About 16 Ki exponentials per task.
-int64_t grain(int64_t classes) { return std::max<int64_t>(1, 16384 / classes); }
 
 ThresholdOutputs threshold_ce_fwd(const Tensor& logits, const Tensor& target,
                                   const std::optional<Tensor>& weight, int64_t k, double delta,
@@ -24,7 +22,7 @@ ThresholdOutputs threshold_ce_fwd(const Tensor& logits, const Tensor& target,
       logits, target, weight, k, delta, label_smoothing, outputs);
   arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto forward = cpu::isa().threshold_forward;
-  at::parallel_for(0, target.numel(), grain(logits.size(-1)),
+  at::parallel_for(0, target.numel(), cpu::rows_of_exponentials(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
   return outputs;
 }
@@ -41,7 +39,7 @@ Tensor threshold_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<
       label_smoothing, dlogits);
   arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto backward = cpu::isa().threshold_backward;
-  at::parallel_for(0, target.numel(), grain(logits.size(-1)),
+  at::parallel_for(0, target.numel(), cpu::rows_of_exponentials(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { backward(arguments, begin, end); });
   return dlogits;
 }

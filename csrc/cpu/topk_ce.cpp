@@ -8,15 +8,13 @@
 
 #include "glue.h"
 #include "gradient_memory.h"
+#include "grain.h"
 #include "isa.h"
 
 namespace sparse_ce {
 namespace {
 
 std::string isa_name() { return cpu::isa().name; }
-
-// About 64 Ki elements per task: a task is long against its start, and rows spread over the threads.
-int64_t grain(int64_t classes) { return std::max<int64_t>(1, 65536 / classes); }
 
 Outputs topk_ce_fwd(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
                     int64_t k, double label_smoothing) {
@@ -25,7 +23,7 @@ Outputs topk_ce_fwd(const Tensor& logits, const Tensor& target, const std::optio
       forward_arguments<cpu::Forward>(logits, target, weight, k, label_smoothing, outputs);
   arguments.logits.dtype = dtype_of<cpu::Dtype>(logits.scalar_type());
   const auto forward = cpu::isa().forward;
-  at::parallel_for(0, target.numel(), grain(logits.size(-1)),
+  at::parallel_for(0, target.numel(), cpu::rows_to_stream(logits.size(-1)),
                    [&](int64_t begin, int64_t end) { forward(arguments, begin, end); });
   return outputs;
 }
@@ -42,7 +40,7 @@ Tensor topk_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<Tenso
   const auto arguments = backward_arguments<cpu::Backward>(
       dloss_rows, dlse_rows, dprobs_rows, target, indices, probs, weight, label_smoothing, dlogits);
   const auto backward = cpu::isa().backward;
-  at::parallel_for(0, target.numel(), grain(num_classes),
+  at::parallel_for(0, target.numel(), cpu::rows_to_stream(num_classes),
                    [&](int64_t begin, int64_t end) { backward(arguments, begin, end); });
   return dlogits;
 }
