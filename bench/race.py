@@ -9,10 +9,10 @@ percentile of each pass:
   forward+backward   with freshly allocated gradients each time, as training has it
   backward           loss.backward() alone
 
-Before each timing on a GPU a large buffer is overwritten, which empties the cache and lets the host
-run ahead. Peak memory is the most that a pass holds beyond what it was given: on a GPU the
-allocator's maximum, on the CPU from the allocations that torch's profiler records, which are those
-of torch's allocator.
+Before each timing on a GPU a large buffer is overwritten, which empties the cache, and the GPU then
+waits for a while, so that the host runs ahead: what is timed is the GPU, not the host. Peak memory
+is the most that a pass holds beyond what it was given: on a GPU the allocator's maximum, on the CPU
+from the allocations that torch's profiler records, which are those of torch's allocator.
 """
 
 import argparse
@@ -46,6 +46,7 @@ HERE = Path(__file__).parent
 GPU_ROUNDS = 50
 LEAST_ROUNDS = 3
 FLUSH_BYTES = 1 << 29  # several times the cache of any GPU
+WAIT_CYCLES = 4_000_000  # of a GPU, two milliseconds: more than the host takes for a step
 
 Run = Callable[[], object]
 # name of a pass -> what makes it ready, off the clock, and gives what is timed
@@ -227,6 +228,7 @@ def stopwatch(device: torch.device) -> Callable[[Run], float]:
     def events(run: Run) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        torch.cuda._sleep(WAIT_CYCLES)
         begin.record()
         run()
         end.record()
