@@ -100,7 +100,7 @@ class Case:
     def _options(self) -> dict[str, int]:
         itemsize = ITEMSIZE[self.dtype]
         if self.kernel in LINEAR:  # num_classes is the width of their rows
-            config = sparse_linear.options(self.num_classes, 8 if self.kernel == "dhidden" else 4)
+            config = sparse_linear.options(self.num_classes, itemsize, sparse_linear.FEW)
             return config if self.kernel == "dhidden" else {**config, "PIECE": sparse_linear.PIECE}
         if self.kernel in COSINE:
             config = cosine.options(cosine.unit(self.num_classes), itemsize)
@@ -180,11 +180,7 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
             signature[name] = _ARGUMENTS.get(name, "*fp32" if name.endswith("_ptr") else "i32")
     attributes = {}
     if module in (sparse_linear, cosine):
-        aligned = (
-            i
-            for i, (name, kind) in enumerate(signature.items())
-            if kind[0] == "*" or (name == "width" and kind != "constexpr")
-        )
+        aligned = (i for i, kind in enumerate(signature.values()) if kind[0] == "*")
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)

@@ -55,6 +55,14 @@ class Report:
             key=lambda loop: (min(map(loop.count, names)), -loop.instructions),
         )
 
+    def in_flight(self, name: str) -> int:
+        """The most loads of that name that no addition of float32 stands between."""
+        most = run = 0
+        for operation in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", self.sass):
+            run = 0 if operation.startswith(("FFMA", "FADD")) else run + (operation == name)
+            most = max(most, run)
+        return most
+
     def per_chunk(self, name: str) -> float:
         """Instructions per thread and 16 bytes in the streaming loop."""
         loop = self.streaming(name)

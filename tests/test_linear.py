@@ -5,6 +5,7 @@ and in every order of summation: the truth of the logits is then the truth of cl
 all, and only the sums of the gradients have tolerances of their own.
 """
 
+import importlib
 import math
 
 import pytest
@@ -151,6 +152,58 @@ def test_sums_of_weighted_rows(subject, dtype, features, out):
         tolerance = tolerance + (expected.abs() + tolerance) * eps / 2
         assert found.dtype == output and found.is_contiguous()
         assert_within(name, found, expected, tolerance)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("features", [7, 48])
+def test_pairs_without_a_share_change_no_bit(subject, dtype, features):
+    """Wherever they stand between the others: sums are added up pair by pair, in their order."""
+    if subject.backend == "eager":
+        pytest.skip("the sums of torch have groups")
+    rows, m, classes = 12, 5, 4
+    torch.manual_seed(0)
+    g = torch.randn(rows, m, dtype=statistics(dtype))
+    index = torch.randint(classes, (rows, m), dtype=torch.int32)
+    hidden, weight = torch.randn(rows, features).to(dtype), torch.randn(classes, features).to(dtype)
+    found = []
+    for among in (m, m + 1, 3 * m):
+        places = torch.rand(rows, among).argsort(1)[:, :m].sort(1).values
+        wider = torch.zeros(rows, among, dtype=g.dtype).scatter(1, places, g)
+        pairs = torch.randint(classes, (rows, among), dtype=torch.int32).scatter(1, places, index)
+        there = [t.to(subject.device) for t in (wider, pairs, weight, hidden)]
+        found.append((
+            ops.sparse_linear_dhidden(*there[:3], g.dtype, subject.backend),
+            ops.sparse_linear_dweight(*there[:2], there[3], classes, g.dtype, subject.backend),
+        ))  # fmt: skip
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True)
+    )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("features", [33, 600])
+def test_triton_adds_in_one_order_however_many_sums_there_are(
+    subject, dtype, features, monkeypatch
+):
+    if subject.backend != "triton":
+        pytest.skip("it is about the Triton kernels")
+    kernels = importlib.import_module("sparse_ce.triton_kernels.sparse_linear")
+    torch.manual_seed(0)
+    g, hidden = torch.randn(150, 9, dtype=statistics(dtype)), torch.randn(150, features).to(dtype)
+    index = torch.randint(4, (150, 9), dtype=torch.int32)
+    index[:, 1:] = 3  # three whole pieces and more
+    there = [t.to(subject.device) for t in (g, index, hidden)]
+    found = []
+    for few in (1, 1 << 20):
+        monkeypatch.setattr(kernels, "FEW", few)
+        found.append((
+            kernels.sparse_linear_dweight(*there, 4, g.dtype),
+            kernels.sparse_linear_dhidden(there[0][:9], there[1][:9], there[2], g.dtype),
+        ))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    one_hot = torch.zeros(150, 4).double().scatter_add_(1, index.long(), g.double())
+    expected = one_hot.t() @ hidden.double()
+    torch.testing.assert_close(found[0][0].cpu().double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_two_runs_and_any_number_of_threads_agree_in_all_bits(subject):

@@ -47,6 +47,13 @@ OTHERS = [
     aot.Case("plif_bwd", "float32", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("cosine_fwd", "float32", 33, 1),
     aot.Case("cosine_bwd", "bfloat16", 4096, 1),
+    *(
+        aot.Case(
+            name, dtype, 4096, 20, changes=tuple(aot.sparse_linear.options(4096, size, 1).items())
+        )
+        for name in aot.LINEAR
+        for dtype, size in aot.ITEMSIZE.items()
+    ),
 ]
 # what else a launch may ask for: a pointer that is None is another kernel to Triton
 PLAIN = (("weight_ptr", None),)
@@ -84,7 +91,7 @@ VARIANTS = [
             ("class_weight_ptr", None),
         ),
     ),
-    aot.Case("dweight", "float32", 1, 20, changes=(("width", 1),)),
+    *(aot.Case(name, "float32", width, 20) for name in aot.LINEAR for width in (1, 4097)),
 ]  # fmt: skip
 SELECTED = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 20),
@@ -95,6 +102,7 @@ SELECTED = [
     aot.Case("labels_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("plif_ce_bwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("cosine_fwd", "float32", 300, 1),
+    aot.Case("dweight", "bfloat16", 4096, 20),
 ]
 ELSEWHERE = [architecture for architecture in sass.ARCHITECTURES if architecture != 90]
 FULL = os.environ.get("SPARSE_CE_AOT") == "full"
@@ -138,8 +146,14 @@ def test_compiled(case: aot.Case, architecture: int) -> None:
     if case.kernel == "plif_ce_bwd" and case.aligned:
         assert report.streaming("STG.E.128").count("STG") == 1
     if case.kernel in aot.LINEAR:
-        # rows are read 16 bytes at a time; what else is loaded are pairs, some bytes each
-        assert report.streaming("LDG.E.128").count("LDG.E.128") >= 2
+        # rows are read 16 bytes at a time, all of a step before the first is added
+        options = case.options()
+        accesses = options["BLOCK_D"] // (32 * options["num_warps"] * options["UNIT"])
+        assert report.in_flight("LDG.E.128") >= accesses * options["UNROLL"] >= 8
+        # one rounding a pair, as in CUDA
+        assert not any(name.startswith("FMUL") for name in report.operations)
+        # no sum crosses threads, but what is stored in another width
+        assert case.kernel == "piece" or report.shared == 0
     if case.kernel in aot.COSINE:
         # as wide as the width of the vectors allows: 300 numbers are units of four
         bits = (
@@ -178,9 +192,6 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     cosine = [getattr(aot.cosine, f"_{name}_kernel") for name in ("fwd", "bwd")]
     for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine):
         for parameter in kernel.params:
-            # but for the width of a layer, which belongs to the model
-            if parameter.name == "width":
-                continue
             number = not parameter.is_constexpr and not parameter.name.endswith("_ptr")
             # Triton specialises no float
             floats = ("label_smoothing", "delta", "bound", "rate")
