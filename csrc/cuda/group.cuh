@@ -55,6 +55,22 @@ template <int THREADS> class Group {
     return across_warps(__reduce_add_sync(kAllLanes, x), [](int a, int b) { return a + b; });
   }
 
+  template <class V> __device__ V least(V x) {
+    const auto combine = [](V a, V b) { return a < b ? a : b; };
+    if constexpr (std::is_same<V, int>::value)
+      return across_warps(__reduce_min_sync(kAllLanes, x), combine);
+    else
+      return reduce(x, combine);
+  }
+
+  template <class V> __device__ V greatest(V x) {
+    const auto combine = [](V a, V b) { return a > b ? a : b; };
+    if constexpr (std::is_same<V, int>::value)
+      return across_warps(__reduce_max_sync(kAllLanes, x), combine);
+    else
+      return reduce(x, combine);
+  }
+
   // How many threads before this one say yes.
   __device__ int count_before(bool yes) {
     const unsigned all = __ballot_sync(kAllLanes, yes);
@@ -69,27 +85,39 @@ template <int THREADS> class Group {
     return count;
   }
 
-  // A list that all fill, in any order. Its length goes on where its capacity ends.
+  // A list that all fill, in any order. Its length goes on where its capacity ends. A warp, which counts by ballots, keeps it in
+  // registers.
   __device__ void set_length(int length) {
     sync();
-    if (rank == 0) length_[0] = length;
-    sync();
+    if constexpr (kIsWarp) {
+      count_ = length;
+    } else {
+      if (rank == 0) length_[0] = length;
+      sync();
+    }
   }
 
   template <class List, class V>
   __device__ __forceinline__ void append(List list, int capacity, bool keep, V value) {
     const unsigned kept = __ballot_sync(kAllLanes, keep);
-    if (kept == 0) return;
-    const int lane = rank % 32, leader = __ffs(static_cast<int>(kept)) - 1;
-    int place = 0;
-    if (lane == leader) place = atomicAdd(length_ + 0, __popc(kept));
-    place = __shfl_sync(kAllLanes, place, leader) + __popc(kept & ((1u << lane) - 1));
+    const int lane = rank % 32;
+    int place = count_;
+    if constexpr (kIsWarp) {
+      count_ += __popc(kept);
+    } else {
+      if (kept == 0) return;
+      const int leader = __ffs(static_cast<int>(kept)) - 1;
+      if (lane == leader) place = atomicAdd(length_ + 0, __popc(kept));
+      place = __shfl_sync(kAllLanes, place, leader);
+    }
+    place += __popc(kept & ((1u << lane) - 1));
     if (keep && place < capacity) list[place] = value;
   }
 
   // The length of the list; the list itself is then seen by all.
   __device__ int length() const {
     sync();
+    if constexpr (kIsWarp) return count_;
     return length_[0];
   }
 
@@ -120,6 +148,7 @@ template <int THREADS> class Group {
   Shared<uint64_t> slots_;  // (2, kWarps)
   Shared<int> length_;
   int turn_ = 0;
+  int count_ = 0;
 };
 
 }  // namespace sparse_ce::cuda

@@ -12,7 +12,7 @@ namespace sparse_ce::cuda {
 // there, those of a thread's own ranks at least.
 template <class S, int THREADS, class Value>
 __device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n, Value value,
-                             S at_target) {
+                             int64_t target, S at_target) {
   const auto add = [](S x, S y) { return x + y; };
   const int k = static_cast<int>(a.k);
   const auto weight = static_cast<const S*>(a.weight);
@@ -31,7 +31,6 @@ __device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n,
   }
   if (smoothing != 0) spread = group.reduce(spread, add);
   if (group.rank == 0) {
-    const int64_t target = a.target[n];
     S loss = kNan<S>;
     if (target >= 0 && target < a.logits.classes) {
       loss = (weight ? weight[target] : S{1}) * (log_sum - (at_target - row_max));
@@ -47,24 +46,30 @@ template <class S> struct ListGradient {
   const int32_t* indices;
   const S *probs, *dprobs, *weight;
   int64_t target;
+  S dloss, dlse;
   bool hit;
   S at_target, share, factor;
 
-  // Of all threads of the group.
-  template <int THREADS>
-  __device__ __forceinline__ ListGradient(Group<THREADS>& group, const Backward& a, int64_t n)
+  // Asks memory, and waits for nothing.
+  __device__ __forceinline__ ListGradient(const Backward& a, int64_t n)
       : indices(a.indices + n * a.k),
         probs(static_cast<const S*>(a.probs) + n * a.k),
         dprobs(a.dprobs ? static_cast<const S*>(a.dprobs) + n * a.k : nullptr),
         weight(static_cast<const S*>(a.weight)),
         target(a.target[n]),
-        hit(target >= 0 && target < a.classes) {
+        dloss(a.dloss ? static_cast<const S*>(a.dloss)[n] : S{0}),
+        dlse(a.dlse ? static_cast<const S*>(a.dlse)[n] : S{0}) {}
+
+  // Of all threads of the group, before anything that follows.
+  template <int THREADS>
+  __device__ __forceinline__ void prepare(Group<THREADS>& group, const Backward& a) {
     const int k = static_cast<int>(a.k);
     const S smoothing = static_cast<S>(a.label_smoothing);
-    const S dloss = a.dloss && hit ? static_cast<const S*>(a.dloss)[n] : S{0};
+    hit = target >= 0 && target < a.classes;
+    if (!hit) dloss = 0;
     at_target = dloss * (1 - smoothing) * (weight && hit ? weight[target] : S{1});
     share = smoothing == 0 ? S{0} : dloss * (smoothing / k);
-    factor = at_target + (a.dlse ? static_cast<const S*>(a.dlse)[n] : S{0});
+    factor = at_target + dlse;
     if (smoothing != 0 || dprobs) {
       S sum = 0;
       // unrolled it takes half as many registers again, and most lists are short
@@ -79,11 +84,10 @@ template <class S> struct ListGradient {
 
   __device__ __forceinline__ bool is_target(int index) const { return hit && index == target; }
 
-  __device__ __forceinline__ S operator()(int rank) const {
-    const int index = indices[rank];
+  __device__ __forceinline__ S operator()(int rank, int index, S prob) const {
     const S slope = factor + (dprobs ? dprobs[rank] : S{0});
     // without upstream gradient exactly zero, also where the probability is NaN
-    S g = slope == 0 ? S{0} : probs[rank] * slope;
+    S g = slope == 0 ? S{0} : prob * slope;
     g -= share * (weight ? weight[index] : S{1});
     return is_target(index) ? g - at_target : g;
   }

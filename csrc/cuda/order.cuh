@@ -28,30 +28,45 @@ template <class Key, class Bits> __device__ __forceinline__ Bits bits_of_key(Key
 
 // A class of a row: its key and its index. Greater is earlier; no two are equal.
 struct Item32 {
+  using Key = int32_t;
   int64_t packed;
+  static __device__ __forceinline__ Item32 of(Key key, int32_t index) {
+    return {static_cast<int64_t>(key) * (int64_t{1} << 32) + (0x7FFFFFFF - index)};
+  }
   __device__ __forceinline__ bool operator>(const Item32& other) const {
     return packed > other.packed;
   }
-  __device__ __forceinline__ int32_t key() const { return static_cast<int32_t>(packed >> 32); }
+  __device__ __forceinline__ Key key() const { return static_cast<Key>(packed >> 32); }
   __device__ __forceinline__ int32_t index() const {
     return 0x7FFFFFFF - static_cast<int32_t>(packed & 0x7FFFFFFF);
   }
 };
 
+// Of a 16-bit float in a row of less than 2^16 classes: half the comparisons.
+struct Item16 {
+  using Key = int32_t;
+  int32_t packed;
+  static __device__ __forceinline__ Item16 of(Key key, int32_t index) {
+    return {static_cast<int32_t>(static_cast<uint32_t>(key) << 16 | (0xFFFF - (index & 0xFFFF)))};
+  }
+  __device__ __forceinline__ bool operator>(const Item16& other) const {
+    return packed > other.packed;
+  }
+  __device__ __forceinline__ Key key() const { return packed >> 16; }
+  __device__ __forceinline__ int32_t index() const { return 0xFFFF - (packed & 0xFFFF); }
+};
+
 struct alignas(16) Item64 {
+  using Key = int64_t;
   int64_t high;
   int64_t low;  // the index: all 16 bytes are the item's own
+  static __device__ __forceinline__ Item64 of(Key key, int32_t index) { return {key, index}; }
   __device__ __forceinline__ bool operator>(const Item64& other) const {
     return high > other.high || (high == other.high && low < other.low);
   }
-  __device__ __forceinline__ int64_t key() const { return high; }
+  __device__ __forceinline__ Key key() const { return high; }
   __device__ __forceinline__ int32_t index() const { return static_cast<int32_t>(low); }
 };
-
-__device__ __forceinline__ Item32 item(int32_t key, int32_t index) {
-  return {static_cast<int64_t>(key) * (int64_t{1} << 32) + (0x7FFFFFFF - index)};
-}
-__device__ __forceinline__ Item64 item(int64_t key, int32_t index) { return {key, index}; }
 
 // An index that no class has: such an item comes after all classes of its key.
 constexpr int32_t kNoIndex = 0x7FFFFFFF;
@@ -84,11 +99,12 @@ template <class T, int kInfinityBits> struct Order16 {
   static __device__ __forceinline__ float value(Key key) {
     return to_float(T{bits_of_key<Key, uint16_t>(key)});
   }
-  // of the larger of the two
+  // Of the larger of the two, which Packed::max made: a NaN has no sign.
   static __device__ __forceinline__ Key unit_key(uint32_t unit) {
-    const Key low = key(T{static_cast<uint16_t>(unit)});
-    const Key high = key(T{static_cast<uint16_t>(unit >> 16)});
-    return low > high ? low : high;
+    const Key bits = static_cast<int16_t>(Packed<T>::max(unit, unit << 16 | unit >> 16));
+    const Key sign = bits >> 31;
+    const Key key = (bits ^ (sign & 0x7FFF)) - sign;
+    return key > kInfinity ? kInfinity + 1 : key;
   }
 };
 template <> struct Order<bfloat16> : Order16<bfloat16, 0x7F80> {
@@ -120,8 +136,8 @@ template <class T> using ItemOf = typename Order<T>::Item;
 template <class T> using StatisticOf = typename Order<T>::Statistic;
 
 // Before no class at all: every class is greater.
-template <class T> __device__ __forceinline__ ItemOf<T> last_item() {
-  return item(static_cast<KeyOf<T>>(-Order<T>::kInfinity - 1), kNoIndex);
+template <class T, class Item> __device__ __forceinline__ Item last_item() {
+  return Item::of(static_cast<KeyOf<T>>(-Order<T>::kInfinity - 1), kNoIndex);
 }
 
 // What statistics are computed from.
@@ -139,6 +155,16 @@ __device__ __forceinline__ T element_of(const Chunk<T, N>& chunk, int place) {
     return T{static_cast<uint16_t>(chunk.unit[place / 2] >> (place % 2 ? 16 : 0))};
   else
     return bit_cast<T>(chunk.unit[place]);
+}
+
+// The same where the place is known at run time only: registers have no index.
+template <class T, int N>
+__device__ __forceinline__ T element_at(const Chunk<T, N>& chunk, int place) {
+  constexpr int kPerUnit = N / Chunk<T, N>::kUnits;
+  auto unit = chunk.unit[0];
+#pragma unroll
+  for (int u = 1; u < Chunk<T, N>::kUnits; ++u) unit = place >= u * kPerUnit ? chunk.unit[u] : unit;
+  return element_of(Chunk<T, kPerUnit>{{unit}}, place % kPerUnit);
 }
 
 template <class T, int N>

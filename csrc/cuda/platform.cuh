@@ -71,8 +71,10 @@ template <> struct Packed<float> {
     PTX(float d;
         asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
         return __float_as_uint(d);)
-    TWIN(const float x = bit_cast<float>(a), y = bit_cast<float>(b);
-         return x > y || x != x ? a : b;)
+    TWIN(const float x = bit_cast<float>(a), y = bit_cast<float>(b); return x != x || y != y
+                                                                                ? 0x7FFFFFFF
+                                                                            : x > y ? a
+                                                                                    : b;)
   }
 };
 
@@ -84,7 +86,7 @@ template <> struct Packed<bfloat16> {
   }
   static __device__ __forceinline__ Unit max(Unit a, Unit b) {
     PTX(Unit d; asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
-    TWIN(return Packed<float>::max(a & 0xFFFF0000, b & 0xFFFF0000) |
+    TWIN(return (Packed<float>::max(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
                     Packed<float>::max(a << 16, b << 16) >> 16;)
   }
 };
@@ -102,7 +104,7 @@ template <> struct Packed<float16> {
   TWIN(static Unit half_max(Unit a, Unit b) {
     const float x = to_float(float16{static_cast<uint16_t>(a)});
     const float y = to_float(float16{static_cast<uint16_t>(b)});
-    return x > y || x != x ? a : b;
+    return x != x || y != y ? 0x7FFF : x > y ? a : b;
   })
 };
 

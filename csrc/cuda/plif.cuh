@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
     values[rank] = number_of(row[rank < k ? indices[rank] : y]);
   group.sync();
   const auto value = [&](int rank) { return f(values[rank]); };
-  list_softmax<S>(group, a.list, n, value, value(k));
+  list_softmax<S>(group, a.list, n, value, target, value(k));
 }
 
 template <class T, int THREADS>
@@ -316,7 +316,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
   const int k = static_cast<int>(a.list.k);
   T* row = static_cast<T*>(a.list.dlogits) + n * a.list.classes;
   const S* values = static_cast<const S*>(a.values) + n * (a.list.k + 1);
-  const ListGradient<S> gradient(group, a.list, n);
+  ListGradient<S> gradient(a.list, n);
+  gradient.prepare(group, a.list);
 
   Adding<S> sums{f, a.sums.cells, a.sums.scale ? *a.sums.scale : 0};
   // the gradient of a row whose probabilities are NaN is NaN, and no integer
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
   for (int rank = group.rank; rank < k; rank += THREADS) {
     const int index = gradient.indices[rank];
     in_support = in_support || gradient.is_target(index);
-    row[index] = turn(gradient(rank), values[rank]);
+    row[index] = turn(gradient(rank, index, gradient.probs[rank]), values[rank]);
   }
   const int found = group.sum(in_support);
   if (group.rank == 0 && gradient.hit && found == 0)

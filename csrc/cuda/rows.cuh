@@ -9,10 +9,11 @@
 namespace sparse_ce::cuda {
 
 template <class T> __device__ const T* row_of(const Rows& rows, int64_t row) {
-  // both fit 32 bits, and a division of 64 costs a short row a tenth of its time
+  const T* data = static_cast<const T*>(rows.data);
+  if (row < rows.inner) return data + row * rows.inner_stride;
+  // both fit 32 bits: a division of 64 costs a short row a tenth of its time
   const auto number = static_cast<uint32_t>(row), inner = static_cast<uint32_t>(rows.inner);
-  return static_cast<const T*>(rows.data) + number / inner * rows.outer_stride +
-         number % inner * rows.inner_stride;
+  return data + number / inner * rows.outer_stride + number % inner * rows.inner_stride;
 }
 
 // The classes before the first whole chunk, and how many of those there are.
@@ -62,22 +63,27 @@ __device__ __forceinline__ void for_each_class(const Group<THREADS>& group, cons
   for_each_edge<T>(group, whole, classes, [&](int i) { f(row[i], i); });
 }
 
-// What a block writes of a row of a gradient: the parts of a row are on y of the grid, and meet between chunks.
+// What a group writes of a row of a gradient: the parts of a row meet between chunks.
 struct Slice {
   Whole whole;     // of the row
   int begin, end;  // its whole chunks
   int low, high;   // its classes
 };
 
-template <class T> __device__ __forceinline__ Slice slice_of(const T* row, int classes) {
+template <class T>
+__device__ __forceinline__ Slice slice_of(const T* row, int classes, int part, int parts) {
   const Whole whole = whole_chunks(row, classes);
-  const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
   const int size = (whole.count + parts - 1) / parts;
   const int begin = part * size < whole.count ? part * size : whole.count;
   const int end = begin + size < whole.count ? begin + size : whole.count;
   const int low = part == 0 ? 0 : whole.head + begin * Chunk<T>::kElements;
   const int high = part == parts - 1 ? classes : whole.head + end * Chunk<T>::kElements;
   return {whole, begin, end, low, high};
+}
+
+// Where the parts of a row are on y of the grid.
+template <class T> __device__ __forceinline__ Slice slice_of(const T* row, int classes) {
+  return slice_of(row, classes, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
 }
 
 // f(class) of the slice's classes outside of its chunks.

@@ -38,7 +38,9 @@ struct Part {
   int64_t row;
   int32_t first;  // class
   int32_t size;   // classes
-  int64_t job;    // number of this part among all parts of all rows
+
+  // Number of this part among all parts of all rows.
+  __device__ int64_t job() const { return row * gridDim.y + blockIdx.y; }
 };
 
 template <int THREADS> __device__ Part part_of(const Forward& a, int part_size, int group) {
@@ -46,11 +48,13 @@ template <int THREADS> __device__ Part part_of(const Forward& a, int part_size, 
   const int64_t row = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group;
   const int first = static_cast<int>(blockIdx.y) * part_size;
   const int left = static_cast<int>(a.logits.classes) - first;
-  return {row, first, left < part_size ? left : part_size, row * gridDim.y + blockIdx.y};
+  return {row, first, left < part_size ? left : part_size};
 }
 
-// A key that at least k of the group's keys reach: at most k + k / 8 of them, or else the k-th largest itself. By bisection,
-// with the keys in registers.
+// A key that at least k of the group's keys reach: at most k + kSlack + k / 8 of them, or else the k-th largest itself. By
+// bisection, with the keys in registers; a few more to list and sort cost less than another step.
+constexpr int kSlack = 4;
+
 template <class Key, int COUNT, int THREADS>
 __device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k) {
   Key low = keys[0], high = keys[0];
@@ -58,8 +62,8 @@ __device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k) 
     low = keys[i] < low ? keys[i] : low;
     high = keys[i] > high ? keys[i] : high;
   }
-  low = group.reduce(low, [](Key a, Key b) { return a < b ? a : b; });
-  high = group.reduce(high, [](Key a, Key b) { return a > b ? a : b; });
+  low = group.least(low);
+  high = group.greatest(high);
   while (low < high) {
     // the mean rounded up, without overflow
     const Key middle = (low | high) - ((low ^ high) >> 1);
@@ -68,7 +72,7 @@ __device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k) 
     reached = group.sum(reached);
     if (reached >= k) {
       low = middle;
-      if (reached <= k + k / 8) break;
+      if (reached <= k + kSlack + k / 8) break;
     } else {
       high = middle - 1;
     }
@@ -76,25 +80,31 @@ __device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k) 
   return low;
 }
 
-// The place of each item in the descending order is the number of greater ones. Reads n * n / THREADS items, without a barrier.
-constexpr int kShortSort = 256;
+// The place of each item in the descending order is the number of greater ones. A warp reads n * n / 32 items, without a barrier.
+template <int THREADS> constexpr int kShortSort = THREADS == 32 ? 64 : 256;
 
-template <class Item, int THREADS>
+template <class T, class Item, int THREADS>
 __device__ void sort_short(Group<THREADS>& group, Shared<Item> list, int n) {
-  constexpr int kMine = THREADS < kShortSort ? kShortSort / THREADS : 1;
+  constexpr int kMine = THREADS < kShortSort<THREADS> ? kShortSort<THREADS> / THREADS : 1;
+  constexpr int kStep = 8;
+  const int padded = (n + kStep - 1) / kStep * kStep;
+  if (n + group.rank < padded) list[n + group.rank] = last_item<T, Item>();
+  group.sync();
   Item mine[kMine];
   int place[kMine];
+#pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int at = i * THREADS + group.rank;
-    mine[i] = list[at < n ? at : 0];
     place[i] = at < n ? 0 : n;
-  }
-  for (int j = 0; j < n; ++j) {
-    const Item other = list[j];
-    for (int i = 0; i < kMine; ++i)
-      if (i * THREADS < n) place[i] += other > mine[i];
+    if (i * THREADS >= n) continue;
+    mine[i] = list[at < n ? at : 0];
+#pragma unroll 1
+    for (int j = 0; j < padded; j += kStep)
+#pragma unroll
+      for (int e = 0; e < kStep; ++e) place[i] += Item(list[j + e]) > mine[i];
   }
   group.sync();
+#pragma unroll
   for (int i = 0; i < kMine; ++i)
     if (place[i] < n) list[place[i]] = mine[i];
   group.sync();
@@ -120,28 +130,28 @@ __device__ void sort_bitonic(Group<THREADS>& group, List list, int size) {
 }
 
 // Descending. The list is whole before and after.
-template <class T, int THREADS>
-__device__ void sort(Group<THREADS>& group, Shared<ItemOf<T>> list, int n) {
-  if (n <= kShortSort) return sort_short<ItemOf<T>>(group, list, n);
-  int size = 2 * kShortSort;
+template <class T, class Item, int THREADS>
+__device__ void sort(Group<THREADS>& group, Shared<Item> list, int n) {
+  if (n <= kShortSort<THREADS>) return sort_short<T>(group, list, n);
+  int size = 2 * kShortSort<THREADS>;
   while (size < n) size *= 2;
-  for (int i = n + group.rank; i < size; i += THREADS) list[i] = last_item<T>();
+  for (int i = n + group.rank; i < size; i += THREADS) list[i] = last_item<T, Item>();
   group.sync();
-  sort_bitonic<ItemOf<T>>(group, list, size);
+  sort_bitonic<Item>(group, list, size);
 }
 
 // The classes from the bound on, in the order of the index, for a row whose ties overflow the list. Once k are listed only
 // better ones enter. Returns the length of the list.
-template <class T, int LIST, int THREADS>
-__device__ int collect_exactly(Group<THREADS>& group, Shared<ItemOf<T>> list, const T* row,
-                               int first, int size, KeyOf<T> bound, int k) {
-  ItemOf<T> last = item(bound, kNoIndex);
+template <class T, int LIST, class Item, int THREADS>
+__device__ int collect_exactly(Group<THREADS>& group, Shared<Item> list, const T* row, int first,
+                               int size, KeyOf<T> bound, int k) {
+  Item last = Item::of(bound, kNoIndex);
   int length = 0;
   group.set_length(0);
   for (int begin = 0; begin < size; begin += THREADS) {
     const int i = begin + group.rank;
-    const ItemOf<T> candidate =
-        item(i < size ? Order<T>::key(row[first + i]) : KeyOf<T>{}, first + i);
+    const Item candidate =
+        Item::of(i < size ? Order<T>::key(row[first + i]) : KeyOf<T>{}, first + i);
     bool keep = i < size && candidate > last;
     if (length + group.sum(keep) > LIST) {
       sort<T>(group, list, length);
@@ -157,59 +167,79 @@ __device__ int collect_exactly(Group<THREADS>& group, Shared<ItemOf<T>> list, co
   return length;
 }
 
+// The target of a row and its logit: asked for early, so that finish need not wait for memory.
+template <class T> struct Target {
+  int64_t index;
+  T logit;
+
+  __device__ __forceinline__ void load_index(const Forward& a, int64_t n) { index = a.target[n]; }
+  __device__ __forceinline__ void load_logit(const Forward& a, const T* row) {
+    logit = {};
+    if (index >= 0 && index < a.logits.classes) logit = row[index];
+  }
+};
+
 // Everything that forward returns, from the k first classes of the row in their order.
-template <class T, int THREADS, class List>
-__device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n) {
-  using Statistic = StatisticOf<T>;
+template <class T, class Item, int THREADS, class List>
+__device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n,
+                       const Target<T>& target) {
   for (int rank = group.rank; rank < static_cast<int>(a.k); rank += THREADS)
-    a.indices[n * a.k + rank] = ItemOf<T>(list[rank]).index();
-  const int64_t target = a.target[n];
-  Statistic at_target = 0;
-  if (target >= 0 && target < a.logits.classes)
-    at_target = Order<T>::value(Order<T>::key(row_of<T>(a.logits, n)[target]));
-  list_softmax<Statistic>(
-      group, a, n, [&](int rank) { return Order<T>::value(ItemOf<T>(list[rank]).key()); },
-      at_target);
+    a.indices[n * a.k + rank] = Item(list[rank]).index();
+  list_softmax<StatisticOf<T>>(
+      group, a, n, [&](int rank) { return Order<T>::value(Item(list[rank]).key()); }, target.index,
+      Order<T>::value(Order<T>::key(target.logit)));
 }
 
 // From the filled list to the end: of the row, or of its part.
-template <class T, int LIST, int THREADS>
-__device__ void settle(Group<THREADS>& group, Shared<ItemOf<T>> list, int length, KeyOf<T> bound,
-                       const Forward& a, const Part& part) {
+template <class T, int LIST, class Item, int THREADS>
+__device__ void settle(Group<THREADS>& group, Shared<Item> list, int length, KeyOf<T> bound,
+                       const Forward& a, const Part& part, const Target<T>& target) {
   const int k = static_cast<int>(a.k);
   if (length > LIST)
     length = collect_exactly<T, LIST>(group, list, row_of<T>(a.logits, part.row), part.first,
                                       part.size, bound, k);
   sort<T>(group, list, length);
-  if (gridDim.y == 1) return finish<T>(group, list, a, part.row);
-  ItemOf<T>* best = static_cast<ItemOf<T>*>(a.scratch) + part.job * a.k;
-  for (int rank = group.rank; rank < k; rank += THREADS) best[rank] = list[rank];
+  if (gridDim.y == 1) return finish<T, Item>(group, list, a, part.row, target);
+  // parts are long, and never a warp's
+  if constexpr (std::is_same<Item, ItemOf<T>>::value) {
+    Item* best = static_cast<Item*>(a.scratch) + part.job() * a.k;
+    for (int rank = group.rank; rank < k; rank += THREADS) best[rank] = list[rank];
+  }
 }
+
+// A warp's rows have at most kMaxWarpClasses.
+constexpr int kMaxWarpClasses = 4096;
+template <class T, int THREADS> using ListedItem =
+    typename std::conditional<THREADS == 32 && sizeof(T) == 2, Item16, ItemOf<T>>::type;
 
 // A row that lies in registers, COUNT keys per thread.
 template <class T, int THREADS, int COUNT, int LIST>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock))
     forward_short_kernel(const Forward a, int part_size) {
   using G = Group<THREADS>;
+  using Item = ListedItem<T, THREADS>;
   GROUP_MEMORY(THREADS, group);
-  SHARED_ARRAY(ItemOf<T>, lists, G::kPerBlock * LIST);
+  SHARED_ARRAY(Item, lists, G::kPerBlock * LIST);
   const Part part = part_of<THREADS>(a, part_size, group.number);
   if (part.row >= a.logits.count) return;
-  const Shared<ItemOf<T>> list = lists + group.number * LIST;
+  const Shared<Item> list = lists + group.number * LIST;
   const T* row = row_of<T>(a.logits, part.row);
+  Target<T> target;
+  target.load_index(a, part.row);
 
   KeyOf<T> keys[COUNT];
   for (int i = 0; i < COUNT; ++i) {
     const int at = i * THREADS + group.rank;
     keys[i] = at < part.size ? Order<T>::key(row[at]) : -Order<T>::kInfinity;
   }
+  target.load_logit(a, row);
   const KeyOf<T> bound = bound_of(group, keys, static_cast<int>(a.k));
   group.set_length(0);
   for (int i = 0; i < COUNT; ++i) {
     const int at = i * THREADS + group.rank;
-    group.append(list, LIST, at < part.size && keys[i] >= bound, item(keys[i], at));
+    group.append(list, LIST, at < part.size && keys[i] >= bound, Item::of(keys[i], at));
   }
-  settle<T, LIST>(group, list, group.length(), bound, a, part);
+  settle<T, LIST>(group, list, group.length(), bound, a, part, target);
 }
 
 // The maxima of the pieces of a thread's segments, in registers, as the row streams past. A piece is a segment's chunk, or one
@@ -218,11 +248,16 @@ template <class T, int THREADS, int CHUNKS>
 __device__ __forceinline__ void stream(const Group<THREADS>& group, const Chunk<T>* chunks,
                                        int count, Chunk<T> (&best)[CHUNKS]) {
   constexpr int kSegments = THREADS * CHUNKS;
-  for (int s = 0; s < CHUNKS; ++s) best[s] = lowest_chunk<T>();
   const auto keep_larger = [](Chunk<T>& x, const Chunk<T>& y) {
     for (int u = 0; u < Chunk<T>::kUnits; ++u) x.unit[u] = Packed<T>::max(x.unit[u], y.unit[u]);
   };
-  int begin = 0;
+  // the first tile, which may be all of the row
+#pragma unroll
+  for (int s = 0; s < CHUNKS; ++s) {
+    const int at = s * THREADS + group.rank;
+    best[s] = at < count ? chunks[at] : lowest_chunk<T>();
+  }
+  int begin = kSegments;
 #pragma unroll 1
   for (; begin + kSegments <= count; begin += kSegments) {
     // all loads before the first maximum: that many are in flight
@@ -244,21 +279,42 @@ __device__ __forceinline__ void stream(const Group<THREADS>& group, const Chunk<
   }
 }
 
+// Lists what reaches the bound of a chunk, whose first class is `first`; where the bound is NaN, more.
+template <class T, class Item, int THREADS, int N>
+__device__ __forceinline__ void append_reaching(Group<THREADS>& group, Shared<Item> list,
+                                                int capacity, const Chunk<T, N>& chunk, bool valid,
+                                                StatisticOf<T> bound, int first) {
+  unsigned reaching = 0;
+  // by the values: a comparison costs less than a key, and holds for NaN
+#pragma unroll
+  for (int e = 0; e < N; ++e)
+    if (!(number_of(element_of(chunk, e)) < bound)) reaching |= 1u << e;
+  if (!valid) reaching = 0;
+  // hardly any has more than one
+  while (__any_sync(kAllLanes, reaching != 0)) {
+    const int e = __ffs(static_cast<int>(reaching | 1u << (N - 1))) - 1;
+    group.append(list, capacity, reaching != 0,
+                 Item::of(Order<T>::key(element_at(chunk, e)), first + e));
+    reaching &= reaching - 1;
+  }
+}
+
 // A row that streams past: CHUNKS segments per thread, PIECES to a chunk.
 template <class T, int THREADS, int CHUNKS, int PIECES, int LIST>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock))
     forward_long_kernel(const Forward a, int part_size) {
   using G = Group<THREADS>;
+  using Item = ListedItem<T, THREADS>;
   using Key = KeyOf<T>;
   constexpr int kSegments = THREADS * CHUNKS, kUnits = Chunk<T>::kUnits;
   constexpr int kElements = Chunk<T>::kElements / PIECES;  // of a piece
   constexpr int kMaxPieces = LIST < 2048 ? LIST : 2048;
   GROUP_MEMORY(THREADS, group);
-  SHARED_ARRAY(ItemOf<T>, lists, G::kPerBlock * LIST);
+  SHARED_ARRAY(Item, lists, G::kPerBlock * LIST);
   SHARED_ARRAY(int, all_pieces, G::kPerBlock* kMaxPieces);
   const Part part = part_of<THREADS>(a, part_size, group.number);
   if (part.row >= a.logits.count) return;
-  const Shared<ItemOf<T>> list = lists + group.number * LIST;
+  const Shared<Item> list = lists + group.number * LIST;
   const Shared<int> pieces = all_pieces + group.number * kMaxPieces;
   const int k = static_cast<int>(a.k);
 
@@ -283,7 +339,10 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
       }
     }
   }
+  Target<T> target;
+  target.load_index(a, part.row);
   const Key bound = bound_of(group, keys, k);
+  target.load_logit(a, row - part.first);
 
   group.set_length(0);
 #pragma unroll
@@ -296,32 +355,39 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 
   group.set_length(0);
   if (width <= kMaxPieces) {
-    // piece `slot` of the list in tile `tile`, side by side
-    int tile = group.rank / width, slot = group.rank % width;
-    const int tile_step = THREADS / width, slot_step = THREADS % width;
-    for (int begin = 0; begin < width * tiles; begin += THREADS) {
-      const int piece = pieces[slot];
-      const int at = tile * kSegments + piece / PIECES;
-      const bool valid = tile < tiles && at < count;
-      Chunk<T> chunk;
-      if constexpr (PIECES == 1) {
-        if (valid) chunk = chunks[at];
-      } else {
-        if (valid) chunk.unit[0] = chunks[at].unit[piece % PIECES];
+    // piece `slot` of the list in tile `tile`, side by side; a warp, for which a division is much, takes each tile by itself
+    const int pitch = G::kIsWarp ? (width + 31) / 32 * 32 : width;
+    int tile = G::kIsWarp ? 0 : group.rank / width,
+        slot = G::kIsWarp ? group.rank : group.rank % width;
+    const int tile_step = G::kIsWarp ? pitch == 32 : THREADS / width;
+    const int slot_step = THREADS - tile_step * pitch;
+    // chunks that a thread loads before it looks at the first
+    constexpr int kBatch = G::kIsWarp ? 1 : 4;
+    for (int begin = 0; begin < pitch * tiles; begin += kBatch * THREADS) {
+      Chunk<T, kElements> x[kBatch] = {};
+      int first[kBatch];
+      bool valid[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int piece = slot < width ? static_cast<int>(pieces[slot]) : 0;
+        const int at = tile * kSegments + piece / PIECES;
+        valid[b] = slot < width && tile < tiles && at < count;
+        first[b] = part.first + head + at * Chunk<T>::kElements + piece % PIECES * kElements;
+        if constexpr (PIECES == 1) {
+          if (valid[b]) x[b] = chunks[at];
+        } else {
+          if (valid[b]) x[b].unit[0] = chunks[at].unit[piece % PIECES];
+        }
+        tile += tile_step;
+        slot += slot_step;
+        if (slot >= pitch) {
+          slot -= pitch;
+          ++tile;
+        }
       }
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        const Key key = valid ? element_key(chunk, e) : Key{};
-        const int index =
-            part.first + head + at * Chunk<T>::kElements + piece % PIECES * kElements + e;
-        group.append(list, LIST, valid && key >= bound, item(key, index));
-      }
-      tile += tile_step;
-      slot += slot_step;
-      if (slot >= width) {
-        slot -= width;
-        ++tile;
-      }
+      for (int b = 0; b < kBatch; ++b)
+        append_reaching<T>(group, list, LIST, x[b], valid[b], Order<T>::value(bound), first[b]);
     }
     // the classes before the first and after the last whole chunk
     if (head > 0 || head + count * Chunk<T>::kElements < part.size) {
@@ -330,12 +396,12 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
         const int at = e < 0 ? i : head + count * Chunk<T>::kElements + e;
         const bool valid = e < 0 ? at < head : e < Chunk<T>::kElements && at < part.size;
         const Key key = valid ? Order<T>::key(row[at]) : Key{};
-        group.append(list, LIST, valid && key >= bound, item(key, part.first + at));
+        group.append(list, LIST, valid && key >= bound, Item::of(key, part.first + at));
       }
     }
   }
   const int length = width <= kMaxPieces ? group.length() : LIST + 1;
-  settle<T, LIST>(group, list, length, bound, a, part);
+  settle<T, LIST>(group, list, length, bound, a, part, target);
 }
 
 // The parts of a row, each sorted and cut to k.
@@ -346,10 +412,13 @@ __global__ void __launch_bounds__(THREADS, resident<T>(THREADS))
   SHARED_ARRAY(ItemOf<T>, list, LIST);
   const int64_t row = blockIdx.x;
   const ItemOf<T>* best = static_cast<const ItemOf<T>*>(a.scratch) + row * candidates;
+  Target<T> target;
+  target.load_index(a, row);
   for (int i = group.rank; i < candidates; i += THREADS) list[i] = best[i];
   group.sync();
+  target.load_logit(a, row_of<T>(a.logits, row));
   sort<T>(group, list, candidates);
-  finish<T>(group, list, a, row);
+  finish<T, ItemOf<T>>(group, list, a, row, target);
 }
 
 // k beyond the lists: the k-th key, then every class that precedes it and as many ties as are missing, lowest index first;
@@ -371,43 +440,58 @@ template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, resid
     const bool tie = i < classes && key == kth.key;
     const int tie_rank = ties + group.count_before(tie);
     const bool keep = i < classes && (key > kth.key || (tie && tie_rank < kth.missing));
-    group.append(best, capacity, keep, item(key, i));
+    group.append(best, capacity, keep, ItemOf<T>::of(key, i));
     ties += group.sum(tie);
   }
-  for (int i = k + group.rank; i < capacity; i += THREADS) best[i] = last_item<T>();
+  for (int i = k + group.rank; i < capacity; i += THREADS) best[i] = last_item<T, ItemOf<T>>();
   group.sync();
   sort_bitonic<ItemOf<T>>(group, best, capacity);
-  finish<T>(group, best, a, n);
+  Target<T> target;
+  target.load_index(a, n);
+  target.load_logit(a, row);
+  finish<T, ItemOf<T>>(group, best, a, n, target);
 }
 
-// dlogits: zeros, and then the k + 1 numbers.
+// dlogits: zeros, and then the k + 1 numbers. Groups follow each other as their parts of the rows lie in memory, which it takes
+// faster than as many rows at a time.
 template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock))
-    backward_kernel(const Backward a) {
+    backward_kernel(const Backward a, int parts) {
   using G = Group<THREADS>;
   using Statistic = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const uint32_t job = blockIdx.x * G::kPerBlock + group.number;
+  const int64_t n = job / parts;
   if (n >= a.count) return;
   const int classes = static_cast<int>(a.classes), k = static_cast<int>(a.k);
+  // on their way while the zeros are written
+  ListGradient<Statistic> gradient(a, n);
+  const bool listed = group.rank < k;
+  const int first_index = listed ? gradient.indices[group.rank] : 0;
+  const Statistic first_prob = listed ? gradient.probs[group.rank] : Statistic{0};
+
   // the classes of this part: full chunks, but at the ends of the row
   T* row = static_cast<T*>(a.dlogits) + n * a.classes;
-  const Slice slice = slice_of(row, classes);
+  const Slice slice = slice_of(row, classes, static_cast<int>(job % parts), parts);
   fill_zeros(group, row, slice);
 
-  const ListGradient<Statistic> gradient(group, a, n);
-  // the zeros lie before the numbers
-  group.sync();
-  bool in_support = false;
-  for (int rank = group.rank; rank < k; rank += THREADS) {
-    const int index = gradient.indices[rank];
-    in_support = in_support || gradient.is_target(index);
-    if (index >= slice.low && index < slice.high) row[index] = Order<T>::element(gradient(rank));
-  }
+  gradient.prepare(group, a);
+  bool in_support = listed && gradient.is_target(first_index);
+  for (int rank = group.rank + THREADS; rank < k; rank += THREADS)
+    in_support = in_support || gradient.is_target(gradient.indices[rank]);
   const int found = group.sum(in_support);
-  const int64_t target = gradient.target;
-  if (group.rank == 0 && gradient.hit && found == 0 && target >= slice.low && target < slice.high)
-    row[target] = Order<T>::element(0 - gradient.at_target);
+  // the zeros lie before the numbers: a warp has met no barrier yet
+  if constexpr (G::kIsWarp) group.sync();
+  const auto write = [&](int index, Statistic g) {
+    if (index >= slice.low && index < slice.high) row[index] = Order<T>::element(g);
+  };
+  if (listed) write(first_index, gradient(group.rank, first_index, first_prob));
+  for (int rank = group.rank + THREADS; rank < k; rank += THREADS) {
+    const int index = gradient.indices[rank];
+    write(index, gradient(rank, index, gradient.probs[rank]));
+  }
+  if (group.rank == 0 && gradient.hit && found == 0)
+    write(static_cast<int>(gradient.target), 0 - gradient.at_target);
 }
 
 template <class T> cudaError_t forward_rows(const Forward& arguments, cudaStream_t stream);
@@ -448,10 +532,10 @@ void launch_rows(void (*kernel)(Forward, int), const Forward& a, Split split, cu
            static_cast<int>(split.parts * a.k));
 }
 
-// The tuning table. No GPU has chosen it; registers and spills of every row are in tests/cuda/resources.json.
+// The tuning table, chosen by an H200 in bfloat16; registers and spills of every row are in tests/cuda_resources.json.
 template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t stream) {
   constexpr int kUnits = Chunk<T>::kUnits, kLongList = sizeof(ItemOf<T>) == 8 ? 4096 : 2048;
-  const int64_t classes = a.logits.classes;
+  const int64_t classes = a.logits.classes, chunks = classes / Chunk<T>::kElements;
   if (a.k > kMaxListK) {
     launch(forward_radix_kernel<T, 1024>, dim3(static_cast<unsigned>(a.logits.count)), 1024, stream,
            a, radix_capacity(a.k));
@@ -462,14 +546,17 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
     launch_rows<32, T>(forward_short_kernel<T, 32, 4, 128>, a, split, stream);
   else if (a.k <= 32 && classes <= 256)
     launch_rows<32, T>(forward_short_kernel<T, 32, 8, 256>, a, split, stream);
-  else if (a.k <= 32 && classes <= 128 * Chunk<T>::kElements)
-    launch_rows<32, T>(forward_long_kernel<T, 32, 4, 1, 256>, a, split, stream);
-  else if (a.k <= 32 && classes <= 4096)
-    launch_rows<32, T>(forward_long_kernel<T, 32, 8, 1, 256>, a, split, stream);
+  else if (a.k <= 32 && chunks <= 128)
+    launch_rows<32, T>(forward_long_kernel<T, 32, 2, 1, 256>, a, split, stream);
+  else if (a.k <= 32 && classes <= kMaxWarpClasses)
+    launch_rows<32, T>(forward_long_kernel < T, 32, sizeof(T) == 2 ? 4 : 8, 1, 256 >, a, split,
+                       stream);
   else if (a.k <= 128 && classes <= 2048)
     launch_rows<128, T>(forward_short_kernel<T, 128, 16, 1024>, a, split, stream);
-  else if (a.k <= 128)
+  else if (a.k <= 32 || (a.k <= 128 && chunks <= 8192))
     launch_rows<128, T>(forward_long_kernel<T, 128, 8, 1, 1024>, a, split, stream);
+  else if (a.k <= 128)
+    launch_rows<512, T>(forward_long_kernel<T, 512, 4, 1, 1024>, a, split, stream);
   else if (classes <= 4096)
     launch_rows<512, T>(forward_short_kernel<T, 512, 8, kLongList>, a, split, stream);
   else
@@ -478,13 +565,17 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
 }
 
 template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t stream) {
-  const auto rows = static_cast<unsigned>(a.count);
-  if (is_short<T>(a.classes)) {
-    launch(backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
+  if (a.classes * static_cast<int64_t>(sizeof(T)) < 8192) {
+    launch(backward_kernel<T, 32>, dim3(static_cast<unsigned>((a.count + 3) / 4)), 128, stream, a,
+           1);
     return cudaGetLastError();
   }
-  launch(backward_kernel<T, 256>, dim3(rows, parts_of_gradient<T>(a.count, a.classes)), 256, stream,
-         a);
+  // each of 8 KB, and more where the list would be a good part of what is moved
+  const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
+  const int64_t parts = chunks / (a.k > 128 ? 4 * a.k : 512);
+  const int64_t jobs = parts < 1 ? a.count : a.count * parts;
+  launch(backward_kernel<T, 128>, dim3(static_cast<unsigned>(jobs)), 128, stream, a,
+         static_cast<int>(parts < 1 ? 1 : parts));
   return cudaGetLastError();
 }
 

@@ -162,7 +162,7 @@ struct SharedArray {
   std::vector<Element> elements;
 };
 
-enum class Collective { none, syncwarp, shuffle, ballot, reduce_add };
+enum class Collective { none, syncwarp, shuffle, ballot, reduce_add, reduce_min, reduce_max };
 
 inline const char* name_of(Collective collective) {
   switch (collective) {
@@ -170,6 +170,8 @@ inline const char* name_of(Collective collective) {
     case Collective::shuffle: return "__shfl";
     case Collective::ballot: return "__ballot_sync";
     case Collective::reduce_add: return "__reduce_add_sync";
+    case Collective::reduce_min: return "__reduce_min_sync";
+    case Collective::reduce_max: return "__reduce_max_sync";
     default: return "nothing";
   }
 }
@@ -349,6 +351,8 @@ class Block {
     const int me = current_->number % 32;
     const Lane& mine = warp.lanes[me];
     uint64_t sum = 0, ballot = 0;
+    auto least = std::numeric_limits<int64_t>::max(),
+         greatest = std::numeric_limits<int64_t>::min();
     for (int i = 0; i < 32; ++i) {
       if (!(mask >> i & 1)) continue;
       const Lane& lane = warp.lanes[i];
@@ -358,7 +362,14 @@ class Block {
              " of lanes " + hexadecimal(lane.mask));
       sum += lane.value;
       ballot |= uint64_t{lane.value != 0} << i;
+      least = std::min(least, static_cast<int64_t>(lane.value));
+      greatest = std::max(greatest, static_cast<int64_t>(lane.value));
     }
+    const uint64_t result =
+        mine.collective == Collective::ballot       ? ballot
+        : mine.collective == Collective::reduce_min ? static_cast<uint64_t>(least)
+        : mine.collective == Collective::reduce_max ? static_cast<uint64_t>(greatest)
+                                                    : sum;
     for (int i = 0; i < 32; ++i) {
       if (!(mask >> i & 1)) continue;
       Lane& lane = warp.lanes[i];
@@ -368,7 +379,7 @@ class Block {
                std::to_string(lane.source) + ", which is not in the mask " + hexadecimal(mask));
         lane.result = warp.lanes[lane.source].value;
       } else {
-        lane.result = mine.collective == Collective::ballot ? ballot : sum;
+        lane.result = result;
       }
       if (i != me) make_ready(current_->number - me + i);
     }
@@ -608,10 +619,20 @@ inline unsigned __ballot_sync(unsigned mask, int yes) {
   return static_cast<unsigned>(
       ::emulation::running->collective(::emulation::Collective::ballot, mask, yes != 0));
 }
-inline int __reduce_add_sync(unsigned mask, int value) {
-  return static_cast<int>(::emulation::running->collective(
-      ::emulation::Collective::reduce_add, mask, static_cast<uint64_t>(int64_t{value})));
+inline int reduce_in_warp(::emulation::Collective collective, unsigned mask, int value) {
+  return static_cast<int>(
+      ::emulation::running->collective(collective, mask, static_cast<uint64_t>(int64_t{value})));
 }
+inline int __reduce_add_sync(unsigned mask, int value) {
+  return reduce_in_warp(::emulation::Collective::reduce_add, mask, value);
+}
+inline int __reduce_min_sync(unsigned mask, int value) {
+  return reduce_in_warp(::emulation::Collective::reduce_min, mask, value);
+}
+inline int __reduce_max_sync(unsigned mask, int value) {
+  return reduce_in_warp(::emulation::Collective::reduce_max, mask, value);
+}
+inline bool __any_sync(unsigned mask, int yes) { return __ballot_sync(mask, yes) != 0; }
 template <class T> T atomicAdd(::emulation::Pointer<T> place, T value) {
   return place.add_atomically(value);
 }
