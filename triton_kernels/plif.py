@@ -456,10 +456,10 @@ def _topk_bwd_kernel(
     rank = tl.arange(0, K2)
     kept = rank < k
     index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
+    p = tl.load(probs_ptr + row * k + rank, mask=kept, other=0.0)
     g, at_target, outside = list_gradient(
-        index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, probs_ptr,
-        class_weight_ptr, k, label_smoothing, HAS_DLOSS, HAS_DLSE, HAS_DPROBS, HAS_WEIGHT,
-        HAS_SMOOTHING,
+        p, index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, class_weight_ptr, k,
+        label_smoothing, HAS_DLOSS, HAS_DLSE, HAS_DPROBS, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
     # what follows the list is the target's
     g = tl.where(kept, g, at_target)

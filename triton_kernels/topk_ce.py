@@ -62,6 +62,9 @@ LOWEST = tl.constexpr(-(1 << 63))
 SETTLED = tl.constexpr(0x7FFFFFFF)
 # Flags that a program of _exact_kernel looks at together.
 WATCH = tl.constexpr(32)
+# Chunks of a row that a program of _bwd_kernel writes, at least; more where the list would be a good
+# part of what is moved.
+PART = 512
 
 
 @triton.jit
@@ -79,21 +82,27 @@ def _piece_keys(
     offset = segment[:, None] * C + tl.arange(0, C)[None, :]
     # by way of float32: the interpreter of Triton 3.6 has no bfloat16 constants
     best = tl.full([NSEG, C], float("-inf"), tl.float32).to(DTYPE)
-    whole = chunks // (NSEG * UNROLL) * UNROLL
+    whole = chunks // NSEG
     # the scalar advances: a tensor of pointers takes two registers for every load, and Triton 3.6
     # then unpacks 16-bit maxima as well
     tile_ptr = chunk_ptr
-    for _ in tl.range(0, whole, UNROLL):
-        for step in tl.static_range(UNROLL):
-            x = tl.load(tl.multiple_of(tile_ptr + step * (NSEG * C), 16) + offset)
+    left = (segment < chunks)[:, None]
+    x = tl.load(tile_ptr + offset, mask=left, other=float("-inf"))
+    # a tile is asked for before the one before it is used: loads are on their way at any time
+    steps = tl.maximum(whole - 1, 0) // UNROLL * UNROLL
+    for _ in tl.range(0, steps, UNROLL):
+        for step in tl.static_range(1, UNROLL + 1):
+            y = tl.load(tl.multiple_of(tile_ptr + step * (NSEG * C), 16) + offset)
             best = max_nan(best, x).to(DTYPE)
+            x = y
         tile_ptr += UNROLL * NSEG * C
-    for tile in tl.range(whole, tl.cdiv(chunks, NSEG)):
+    for tile in tl.range(steps + 1, tl.cdiv(chunks, NSEG)):
         left = (tile * NSEG + segment < chunks)[:, None]
-        tile_ptr = tl.multiple_of(tile_ptr, 16)
-        x = tl.load(tile_ptr + offset, mask=left, other=float("-inf"))
+        tile_ptr = tl.multiple_of(tile_ptr + NSEG * C, 16)
+        y = tl.load(tile_ptr + offset, mask=left, other=float("-inf"))
         best = max_nan(best, x).to(DTYPE)
-        tile_ptr += NSEG * C
+        x = y
+    best = max_nan(best, x).to(DTYPE)
     if PIECE < C:
         best = tl.reshape(best, [NSEG * C // PIECE, PIECE])
     # a reduction takes float32; the compiler turns the casts into packed 16-bit instructions
@@ -433,6 +442,7 @@ def _sort_kernel(
 
 @triton.jit
 def list_gradient(
+    p,  # (K2), 0 where not kept
     index,  # (K2), -1 where not kept
     kept,  # (K2): rank < k
     target,
@@ -441,7 +451,6 @@ def list_gradient(
     dloss_ptr,
     dlse_ptr,
     dprobs_ptr,
-    probs_ptr,
     weight_ptr,
     k,
     label_smoothing,
@@ -454,8 +463,6 @@ def list_gradient(
     """The gradient of the logits of a list (K2), that of the target, and whether it is outside of
     the list: inside, it is joined to its own.
     """
-    at = row * k + tl.arange(0, index.shape[0])
-    p = tl.load(probs_ptr + at, mask=kept, other=0.0)
     factor = tl.zeros_like(p)
     at_target = tl.full([], 0.0, tl.float32)
     spread = tl.zeros_like(p)
@@ -475,7 +482,7 @@ def list_gradient(
     if HAS_DLSE:
         factor += tl.load(dlse_ptr + row)
     if HAS_DPROBS:
-        q = tl.load(dprobs_ptr + at, mask=kept, other=0.0)
+        q = tl.load(dprobs_ptr + row * k + tl.arange(0, index.shape[0]), mask=kept, other=0.0)
         factor += q - tl.sum(tl.where(q == 0, 0.0, q * p), axis=0)
     # without upstream gradient exactly zero, also where p is NaN
     g = tl.where(factor == 0, 0.0, p * factor) - spread
@@ -495,7 +502,8 @@ def _bwd_kernel(
     probs_ptr,  # (N, k) fp32
     weight_ptr,  # (V) fp32
     dlogits_ptr,  # (N, V)
-    part_size,
+    parts,
+    part_size,  # chunks
     V,
     k,
     label_smoothing,
@@ -510,7 +518,17 @@ def _bwd_kernel(
 ):
     DTYPE: tl.constexpr = dlogits_ptr.dtype.element_ty
     C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    row = tl.program_id(0).to(tl.int64)
+    # programs follow each other as their parts of the rows lie in memory, which it takes faster
+    # than as many rows at a time
+    part = tl.program_id(0) % parts
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    # on their way while the zeros are written
+    target = tl.load(target_ptr + row)
+    rank = tl.arange(0, K2)
+    kept = rank < k
+    index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
+    p = tl.load(probs_ptr + row * k + rank, mask=kept, other=0.0)
+
     start = row * V
     row_ptr = dlogits_ptr + start
     head = classes_before(row_ptr, V, ALIGNED)
@@ -519,7 +537,7 @@ def _bwd_kernel(
     lane = tl.arange(0, C)
     offset = tl.arange(0, BLOCK)[:, None] * C + lane[None, :]
     zero = tl.zeros([BLOCK, C], DTYPE)
-    first = tl.minimum(tl.program_id(1) * part_size, chunks)
+    first = tl.minimum(part * part_size, chunks)
     last = tl.minimum(first + part_size, chunks)
     whole = first + (last - first) // BLOCK * BLOCK
     for chunk in tl.range(first, whole, BLOCK):
@@ -527,20 +545,16 @@ def _bwd_kernel(
     left = (whole + tl.arange(0, BLOCK) < last)[:, None]
     tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
     # the classes of this part: the first and the last take the ends of the row that fill no chunk
-    low = tl.where(tl.program_id(1) == 0, 0, head + first * C)
-    high = tl.where(tl.program_id(1) == tl.num_programs(1) - 1, V, head + last * C)
+    low = tl.where(part == 0, 0, head + first * C)
+    high = tl.where(part == parts - 1, V, head + last * C)
     if not ALIGNED:
         at_edge, inside = edges(head, chunks, V, C)
         inside = inside & (at_edge >= low) & (at_edge < high)
         tl.store(row_ptr + at_edge, tl.zeros([2 * C], DTYPE), mask=inside)
 
-    target = tl.load(target_ptr + row)
     hit = (target >= 0) & (target < V)
-    rank = tl.arange(0, K2)
-    kept = rank < k
-    index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
     g, at_target, outside = list_gradient(
-        index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, probs_ptr, weight_ptr, k,
+        p, index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, weight_ptr, k,
         label_smoothing, HAS_DLOSS, HAS_DLSE, HAS_DPROBS, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
     tl.debug_barrier()
@@ -590,11 +604,12 @@ def exact_options(size: int) -> dict[str, int]:
 
 def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
     """The configuration of _bwd_kernel."""
+    short = num_classes * itemsize < 8192
     return {
         "K2": max(16, triton.next_power_of_2(k)),
-        "BLOCK": 512,
+        "BLOCK": 128 if short else 1024,
         "ALIGNED": num_classes * itemsize % 16 == 0,
-        **warps(4),
+        **warps(1 if short else 8),
     }
 
 
@@ -676,10 +691,10 @@ def topk_ce_bwd(
         return dlogits
     dloss, dlse, dprobs = (None if g is None else g.contiguous() for g in (dloss, dlse, dprobs))
     chunks = num_classes * dlogits.element_size() // 16
-    parts = max(1, min(1024 // rows, chunks // 1024))
+    parts = max(1, chunks // max(PART, 4 * k))
     with on_device(probs):
-        _bwd_kernel[(rows, parts)](
-            dloss, dlse, dprobs, target, indices, probs, weight, dlogits,
+        _bwd_kernel[(rows * parts,)](
+            dloss, dlse, dprobs, target, indices, probs, weight, dlogits, parts,
             triton.cdiv(chunks, parts), num_classes, k, label_smoothing,
             HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None, HAS_DPROBS=dprobs is not None,
             HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0,
@@ -710,14 +725,14 @@ class Tuning(NamedTuple):
 #   ncut    4 k or more: about k + k / 8 classes then reach the bound.
 _ANY = 1 << 31
 TUNING = (
-    Tuning(2, 4096, 32, 256, 4, 128, 1, 1),
+    Tuning(2, 4096, 32, 128, 4, 128, 1, 1),
     Tuning(2, 4096, 128, 256, 2, 512, 1, 2),
     Tuning(2, 4096, 1024, 512, 1, 4096, 1, 8),
     Tuning(2, 16384, 32, 512, 4, 256, 1, 2),
     Tuning(2, 16384, 128, 512, 2, 512, 1, 2),
     Tuning(2, 16384, 1024, 2048, 2, 4096, 1, 8),
-    Tuning(2, 65536, 32, 1024, 4, 256, 1, 4),
-    Tuning(2, 65536, 128, 1024, 4, 512, 1, 4),
+    Tuning(2, 65536, 32, 512, 4, 256, 2, 4),
+    Tuning(2, 65536, 128, 512, 2, 512, 1, 4),
     Tuning(2, 65536, 1024, 2048, 2, 4096, 1, 8),
     Tuning(2, _ANY, 32, 1024, 4, 256, 2, 8),
     Tuning(2, _ANY, 128, 2048, 4, 512, 1, 8),
