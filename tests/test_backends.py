@@ -141,7 +141,7 @@ def test_automatic_choice_skips_what_cannot_run(monkeypatch):
 
 # what is missing, dtype, large_k of a call on a GPU -> who takes it
 AUTOMATIC_ON_A_GPU = [
-    ((), torch.bfloat16, False, "triton"),
+    ((), torch.bfloat16, False, "cuda"),
     ((), torch.float64, False, "cuda"),
     ((), torch.bfloat16, True, "cuda"),
     (("triton",), torch.bfloat16, False, "cuda"),

@@ -96,6 +96,15 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 BACKENDS = (
     Backend(
+        "cuda",
+        ("sparse_ce.native",),
+        devices=("cuda",),
+        dtypes=ALL_DTYPES,
+        large_k=True,
+        why_here="fused kernels in CUDA C++: on an H200 the fastest; also for float64, for any k",
+        unavailable=_cuda_unavailable,
+    ),
+    Backend(
         "triton",
         (
             "sparse_ce.triton_kernels.topk_ce",
@@ -108,17 +117,8 @@ BACKENDS = (
         devices=("cuda", "cpu") if interpreting() else ("cuda",),
         dtypes=HALF_AND_SINGLE,
         large_k=False,
-        why_here="fused kernels for every GPU that Triton compiles for",
+        why_here="fused kernels for every GPU that Triton compiles for, with no compiler on install",
         unavailable=_triton_unavailable,
-    ),
-    Backend(
-        "cuda",
-        ("sparse_ce.native",),
-        devices=("cuda",),
-        dtypes=ALL_DTYPES,
-        large_k=True,
-        why_here="fused kernels in CUDA C++, also without Triton, for float64, for any k",
-        unavailable=_cuda_unavailable,
     ),
     Backend(
         "cpu",

@@ -207,9 +207,11 @@ def backward(value: str) -> None:
     _choice("backward", value, ("auto", "sparse", "dense"))
 
 
-def chunk_bytes(value: int) -> None:
+def chunk_bytes(value: int | None) -> None:
+    if value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"chunk_bytes: expected an int, got {type(value).__name__}")
+        raise TypeError(f"chunk_bytes: expected an int or None, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"chunk_bytes: expected 1 <= chunk_bytes, got {value}")
 

@@ -24,8 +24,9 @@ from . import backends, checks, functional, ops, schema
 from .support import Support
 
 # Of the buffer for the logits of a chunk of tokens. On two cores products of fewer tokens than fill
-# it are slower, and larger ones no faster (bench/linear.py).
-CHUNK_BYTES = 128 << 20
+# it are slower, and larger ones no faster (bench/linear.py). An H200 loses 2 % of a step by half of
+# its size (N=8192, D=4096, V=128256), and gains 3 % by twice.
+CHUNK_BYTES, CHUNK_BYTES_GPU = 128 << 20, 256 << 20
 
 # The largest share (k + 1) / V of non-zeros at which gathers win, by device and size of an element.
 # On the CPU measured by bench/linear.py --break-even, and safe on the machines seen: an AMD EPYC
@@ -384,7 +385,7 @@ def fused_linear_sparse_ce(
     return_support: Literal[False] = ...,
     weight_grad: str = ...,
     backward: str = ...,
-    chunk_bytes: int = ...,
+    chunk_bytes: int | None = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -402,7 +403,7 @@ def fused_linear_sparse_ce(
     return_support: Literal[True],
     weight_grad: str = ...,
     backward: str = ...,
-    chunk_bytes: int = ...,
+    chunk_bytes: int | None = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Support]: ...
 def fused_linear_sparse_ce(
@@ -419,7 +420,7 @@ def fused_linear_sparse_ce(
     return_support: bool = False,
     weight_grad: str = "dense",
     backward: str = "auto",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Support]:
     """``fused_sparse_ce`` of ``hidden @ weight.T + bias``, without the logits: the output layer of
@@ -448,7 +449,8 @@ def fused_linear_sparse_ce(
         backward: "sparse" sums rows, "dense" multiplies matrices chunk by chunk, "auto" takes the
             faster by a measured rule, ``is_sparse``. The dense softmax, and k beyond 1024, always
             multiply; "row_sparse" always sums rows.
-        chunk_bytes: target for the size of the logits' buffer.
+        chunk_bytes: target for the size of the logits' buffer; None is 128 MB on the CPU and 256 MB
+            on a GPU.
 
     Returns:
         As ``fused_sparse_ce``. There is no second derivative: asking for one is an error.
@@ -502,6 +504,8 @@ def fused_linear_sparse_ce(
     counted = row_target
     if kept is not None:
         rows, counted = rows[kept], row_target[kept]
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES if device == "cpu" else CHUNK_BYTES_GPU
     chunk_rows = max(1, min(rows.shape[0], chunk_bytes // (num_classes * dtype.itemsize)))
     arguments = (
         rows, weight.contiguous(), bias, counted, class_weight, k, float(label_smoothing), dtype,
