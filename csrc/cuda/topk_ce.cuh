@@ -183,6 +183,7 @@ template <class T> struct Target {
 template <class T, class Item, int THREADS, class List>
 __device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n,
                        const Target<T>& target) {
+#pragma unroll 1
   for (int rank = group.rank; rank < static_cast<int>(a.k); rank += THREADS)
     a.indices[n * a.k + rank] = Item(list[rank]).index();
   list_softmax<StatisticOf<T>>(
