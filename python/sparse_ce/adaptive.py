@@ -110,7 +110,7 @@ def adaptive_sparse_ce(
     num_classes = logits.shape[-1]
     checks.target_range(target, num_classes, ignore_index)
     rows = functional.as_rows(logits)
-    row_target = target.reshape(rows.shape[:-1]).to(torch.int64).contiguous()
+    row_target = functional.as_row_target(target, rows)
     if weight is not None:
         weight = weight.to(schema.statistics_dtype(logits.dtype)).contiguous()
     name = backends.resolve(backend, logits.device.type, logits.dtype, False)

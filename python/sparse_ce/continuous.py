@@ -80,7 +80,7 @@ def continuous_output_loss(
     checks.target_range(target.to(embedding.device) if elsewhere else target, known, ignore_index)
 
     rows = functional.as_rows(output)
-    row_target = target.reshape(rows.shape[:-1]).to(torch.int64).contiguous()
+    row_target = functional.as_row_target(target, rows)
     name = backends.resolve(backend, output.device.type, output.dtype, False)
     table, places = embedding, row_target
     if elsewhere or target_vectors is not None or embedding.stride(-1) != 1:

@@ -322,7 +322,7 @@ for _name, _backward, _context in (
     ("topk_linear_ce_bwd", _no_second_derivative, None),
     ("threshold_linear_ce_bwd", _no_second_derivative, None),
 ):
-    torch.library.register_autograd(f"sparse_ce::{_name}", _backward, setup_context=_context)
+    ops.differentiable(_name, _backward, _context)
 
 
 class _RowSparse(torch.autograd.Function):

@@ -11,8 +11,8 @@ sums over the support:
 Source of the loss: Sun et al., Sparse-softmax, arXiv 2112.12433, eq. 4 and 5.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +30,43 @@ def _bind(op: str) -> None:
 
 for _op in schema.SIGNATURES:
     _bind(_op)
+
+
+_LIBRARY = torch.library.Library("sparse_ce", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def differentiable(
+    op: str, backward: Callable[..., Any], context: Callable[..., None] | None = None
+) -> None:
+    """What torch.library.register_autograd does, `context` being its setup_context, without the
+    walk over the schema at every call: of a small forward that was the half.
+    """
+    overload = getattr(torch.ops.sparse_ce, op).default
+
+    def below(keys: Any, inputs: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx: Any, *inputs_and_keys: Any) -> Any:
+        *inputs, keys = inputs_and_keys
+        output = below(keys, inputs)
+        if context is not None:
+            context(ctx, inputs, output)
+        return output
+
+    def derivative(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        return *backward(ctx, *upstream), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    function: Any = type(op, (torch.autograd.Function,), methods)
+
+    def autograd(keys: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(*inputs, keys)
+        return below(keys, inputs)
+
+    _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
 
 topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
@@ -147,12 +184,8 @@ def _topk_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
     return da, None if b is None else gp, dq, None, None, dp, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "sparse_ce::topk_ce_fwd", _topk_fwd_backward, setup_context=_topk_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::topk_ce_bwd", _topk_bwd_backward, setup_context=_topk_bwd_context
-)
+differentiable("topk_ce_fwd", _topk_fwd_backward, _topk_fwd_context)
+differentiable("topk_ce_bwd", _topk_bwd_backward, _topk_bwd_context)
 
 
 def coefficients(
@@ -263,12 +296,8 @@ def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, 
     return (da, db, dz.to(logits.dtype), *(None,) * 9)
 
 
-torch.library.register_autograd(
-    "sparse_ce::threshold_ce_fwd", _threshold_fwd_backward, setup_context=_threshold_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::threshold_ce_bwd", _threshold_bwd_backward, setup_context=_threshold_bwd_context
-)
+differentiable("threshold_ce_fwd", _threshold_fwd_backward, _threshold_fwd_context)
+differentiable("threshold_ce_bwd", _threshold_bwd_backward, _threshold_bwd_context)
 
 
 # labels_ce
@@ -321,12 +350,8 @@ def _labels_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...
     return (gq - gr, (a.unsqueeze(-1) * dz).to(logits.dtype), *(None,) * 6)
 
 
-torch.library.register_autograd(
-    "sparse_ce::labels_ce_fwd", _labels_fwd_backward, setup_context=_labels_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::labels_ce_bwd", _labels_bwd_backward, setup_context=_labels_bwd_context
-)
+differentiable("labels_ce_fwd", _labels_fwd_backward, _labels_fwd_context)
+differentiable("labels_ce_bwd", _labels_bwd_backward, _labels_bwd_context)
 
 
 # plif. With G_i the sum of the upstream gradient g over cell i, M_i that of g times the share of
@@ -457,7 +482,7 @@ def _plif_ce_backward(
     return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 4)
 
 
-def no_second_derivative(*_: Any) -> None:
+def no_second_derivative(*_: Any) -> NoReturn:
     raise RuntimeError(
         "MonotonicPLIF: expected a first derivative only, got a backward of its backward"
     )
@@ -472,7 +497,7 @@ for _op, _backward, _context in (
     ("plif_scale", no_second_derivative, None),
     ("plif_dslopes", no_second_derivative, None),
 ):
-    torch.library.register_autograd(f"sparse_ce::{_op}", _backward, setup_context=_context)
+    differentiable(_op, _backward, _context)
 
 
 # sparse_linear: gradients themselves, of which nobody takes another
@@ -572,9 +597,5 @@ def _cosine_bwd_backward(ctx: Any, ddoutput: Tensor) -> tuple[Tensor | None, ...
     return beta * gc + alpha * ge, dc, None, None, dloss * gc, dloss * ge, None
 
 
-torch.library.register_autograd(
-    "sparse_ce::cosine_fwd", _cosine_fwd_backward, setup_context=_cosine_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::cosine_bwd", _cosine_bwd_backward, setup_context=_cosine_bwd_context
-)
+differentiable("cosine_fwd", _cosine_fwd_backward, _cosine_fwd_context)
+differentiable("cosine_bwd", _cosine_bwd_backward, _cosine_bwd_context)
