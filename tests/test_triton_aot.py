@@ -47,6 +47,7 @@ OTHERS = [
     aot.Case("plif_bwd", "float32", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("cosine_fwd", "float32", 33, 1),
     aot.Case("cosine_bwd", "bfloat16", 4096, 1),
+    *(aot.Case(name, "float32", 1, 1, full=True) for name in aot.REDUCE),
 ]
 # what else a launch may ask for: a pointer that is None is another kernel to Triton
 PLAIN = (("weight_ptr", None),)
@@ -85,6 +86,8 @@ VARIANTS = [
         ),
     ),
     aot.Case("dweight", "float32", 1, 20, changes=(("width", 1),)),
+    aot.Case("reduce_fwd", "float32", 1, 1, changes=(*PLAIN, ("sums_ptr", None))),
+    aot.Case("reduce_fwd", "float32", 1, 1, full=True, changes=(("ALONE", False),)),
 ]  # fmt: skip
 SELECTED = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 20),
@@ -176,7 +179,8 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     forms = ("fwd", "bwd", "ce_fwd", "ce_bwd", "topk_fwd", "topk_bwd")
     plif = [getattr(aot.plif, f"_{name}_kernel") for name in forms]
     cosine = [getattr(aot.cosine, f"_{name}_kernel") for name in ("fwd", "bwd")]
-    for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine):
+    reduce = [getattr(aot.reduce, f"_{name}_kernel") for name in ("fwd", "join", "bwd")]
+    for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine, *reduce):
         for parameter in kernel.params:
             # but for the width of a layer, which belongs to the model
             if parameter.name == "width":

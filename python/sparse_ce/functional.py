@@ -161,26 +161,26 @@ def fused_sparse_ce(
         loss = ops.plif_ce_fwd(*arguments, *tables, link.bound, float(label_smoothing), name)[0]
     else:
         loss = ops.threshold_ce_fwd(*arguments, k, 1.0, float(label_smoothing), name)[0]
-    reduced = reduce(loss, row_target, weight, ignore_index, reduction)
+    reduced = reduce(loss, row_target, weight, ignore_index, reduction, name)
     if reduction == "none":
         reduced = reduced.view(target.shape)
     return reduced if support is None else (reduced, support)
 
 
 def reduce(
-    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+    loss: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    backend: str,
 ) -> Tensor:
-    ignored = target == ignore_index
-    loss = loss.masked_fill(ignored, 0.0)
     if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    counted = ignored.numel() - ignored.sum()
-    if weight is None:
-        return loss.sum() / counted.clamp(min=1)
-    share = weight[target.clamp(0, weight.shape[0] - 1)].masked_fill(ignored, 0.0).sum()
-    return loss.sum() / torch.where(counted > 0, share, torch.ones_like(share))
+        return loss.masked_fill(target == ignore_index, 0.0)
+    reduced: Tensor = ops.reduce_fwd(
+        loss, target, weight, ignore_index, reduction == "mean", backend
+    )[0]
+    return reduced
 
 
 def sparse_softmax(

@@ -521,7 +521,7 @@ def fused_linear_sparse_ce(
     if kept is not None and reduction == "none":
         loss = loss.new_zeros(row_target.shape).index_copy(0, kept, loss)
         counted = row_target
-    reduced = functional.reduce(loss, counted, class_weight, ignore_index, reduction)
+    reduced = functional.reduce(loss, counted, class_weight, ignore_index, reduction, name)
     if reduction == "none":
         reduced = reduced.view(target.shape)
     return reduced if support is None else (reduced, support)

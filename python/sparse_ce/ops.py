@@ -85,6 +85,8 @@ plif_topk_ce_fwd = torch.ops.sparse_ce.plif_topk_ce_fwd.default
 plif_topk_ce_bwd = torch.ops.sparse_ce.plif_topk_ce_bwd.default
 sparse_linear_dhidden = torch.ops.sparse_ce.sparse_linear_dhidden.default
 sparse_linear_dweight = torch.ops.sparse_ce.sparse_linear_dweight.default
+reduce_fwd = torch.ops.sparse_ce.reduce_fwd.default
+reduce_bwd = torch.ops.sparse_ce.reduce_bwd.default
 cosine_fwd = torch.ops.sparse_ce.cosine_fwd.default
 cosine_bwd = torch.ops.sparse_ce.cosine_bwd.default
 
@@ -516,6 +518,48 @@ def _(coefficients, classes, weight, dtype, backend):  # type: ignore[no-untyped
 @torch.library.register_fake("sparse_ce::sparse_linear_dweight")
 def _(coefficients, classes, hidden, num_classes, dtype, backend):  # type: ignore[no-untyped-def]
     return hidden.new_empty((num_classes, hidden.shape[1]), dtype=dtype)
+
+
+# reduce: linear in the losses, and so is its gradient in dreduced
+
+
+@torch.library.register_fake("sparse_ce::reduce_fwd")
+def _(loss, target, weight, ignore_index, mean, backend):  # type: ignore[no-untyped-def]
+    return loss.new_empty(()), loss.new_empty(())
+
+
+@torch.library.register_fake("sparse_ce::reduce_bwd")
+def _(dreduced, target, divisor, ignore_index, backend):  # type: ignore[no-untyped-def]
+    return dreduced.new_empty(target.shape)
+
+
+def _reduce_fwd_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    _, target, _, ctx.ignore_index, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(target, output[1])
+
+
+def _reduce_fwd_backward(ctx: Any, dreduced: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dreduced is None:
+        return (None,) * 6
+    dloss = reduce_bwd(dreduced, *ctx.saved_tensors, ctx.ignore_index, ctx.backend)
+    return dloss, None, None, None, None, None
+
+
+def _reduce_bwd_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    _, target, divisor, ctx.ignore_index, _ = inputs
+    ctx.save_for_backward(target, divisor)
+
+
+def _reduce_bwd_backward(ctx: Any, ddloss: Tensor) -> tuple[Tensor | None, ...]:
+    target, divisor = ctx.saved_tensors
+    total = ddloss.masked_fill(target == ctx.ignore_index, 0).sum()
+    return total / divisor, None, None, None, None
+
+
+differentiable("reduce_fwd", _reduce_fwd_backward, _reduce_fwd_context)
+differentiable("reduce_bwd", _reduce_bwd_backward, _reduce_bwd_context)
 
 
 # cosine: with c the output, e the target's vector, alpha = by_target and beta = by_output
