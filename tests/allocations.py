@@ -1,4 +1,4 @@
-"""What a piece of work allocates on the CPU."""
+"""What a piece of work allocates on the CPU, and what it leaves to autograd."""
 
 import torch
 
@@ -15,3 +15,13 @@ def sizes_of_allocations(run):
         held += change
         highest = max(highest, held)
     return [change for _, change in changes if change > 0], highest
+
+
+def saved(function):
+    """The tensors that autograd holds between forward and backward, each once."""
+    tensors = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t
+    ):
+        function()
+    return list(tensors.values())

@@ -15,7 +15,15 @@ from typing import Any
 
 import sass
 import triton
-from sparse_ce.triton_kernels import cosine, labels_ce, plif, sparse_linear, threshold_ce, topk_ce
+from sparse_ce.triton_kernels import (
+    cosine,
+    labels_ce,
+    plif,
+    reduce,
+    sparse_linear,
+    threshold_ce,
+    topk_ce,
+)
 from sparse_ce.triton_kernels.rows import warps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -67,11 +75,13 @@ PLIF = ("plif_fwd", "plif_bwd", "plif_ce_fwd", "plif_ce_bwd")
 LISTED = ("plif_topk_fwd", "plif_topk_bwd")
 COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
 
+REDUCE = ("reduce_fwd", "reduce_join", "reduce_bwd")  # of float32, whatever the classes
+
 
 def module_of(kernel: str) -> Any:
     modules = dict.fromkeys(LINEAR, sparse_linear) | dict.fromkeys(THRESHOLD, threshold_ce)
     modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys((*PLIF, *LISTED), plif)
-    modules |= dict.fromkeys(LABELS, labels_ce)
+    modules |= dict.fromkeys(LABELS, labels_ce) | dict.fromkeys(REDUCE, reduce)
     return modules.get(kernel, topk_ce)
 
 
@@ -105,6 +115,10 @@ class Case:
         if self.kernel in COSINE:
             config = cosine.options(cosine.unit(self.num_classes), itemsize)
             return config | ({"NORMALIZE": True} if self.kernel == "cosine_fwd" else {})
+        if self.kernel in REDUCE:
+            fwd = {"HAS_WEIGHT": self.full, "ALONE": True}
+            options = {"reduce_fwd": fwd | {"MEAN": True}, "reduce_join": {"MEAN": True}}
+            return reduce.options(self.kernel[7:]) | options.get(self.kernel, {})
         if self.kernel in LABELS:
             alike = {"ALIKE": True} if self.kernel == "labels_bwd" else {}
             alike |= {"ALIGNED": self.aligned, "LABELS_ALIKE": True}
@@ -165,7 +179,7 @@ def tuning_cases() -> list[Case]:
 
 def compile_case(case: Case, architecture: int) -> sass.Report:
     module = module_of(case.kernel)
-    stem = r"^(plif|threshold|labels|cosine)_"
+    stem = r"^(plif|threshold|labels|cosine|reduce)_"
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
     options = case.options()
     launch = {name: options.pop(name) for name in warps(1)}

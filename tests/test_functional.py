@@ -8,7 +8,7 @@ import pytest
 import subjects
 import torch
 import torch.nn.functional as F
-from allocations import sizes_of_allocations
+from allocations import saved, sizes_of_allocations
 from closeness import Truth, assert_within
 from sparse_ce import MonotonicPLIF, backends, fused_sparse_ce, reference, sparse_softmax
 
@@ -328,14 +328,6 @@ def test_no_rows_of_more_dimensions(subject, shape):
         and support.probs.shape == (*shape, 20)
         and logits.grad.shape == logits.shape
     )
-
-
-def saved(function):
-    """The tensors that autograd holds between forward and backward."""
-    tensors = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
-        function()
-    return tensors
 
 
 @pytest.mark.interpreter

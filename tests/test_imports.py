@@ -41,6 +41,7 @@ ARROWS = {
         "triton_kernels.labels_ce",
         "triton_kernels.plif",
         "triton_kernels.sparse_linear",
+        "triton_kernels.reduce",
         "triton_kernels.cosine",
     },
     "native": {"schema"},

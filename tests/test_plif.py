@@ -25,6 +25,7 @@ import cases
 import pytest
 import subjects
 import torch
+from allocations import saved
 from closeness import Truth, assert_within
 from sparse_ce import (
     MonotonicPLIF,
@@ -562,9 +563,7 @@ def test_saved_for_backward(subject, dtype, k, learns):
     link = bent(cells, 3.0, of_dtype(dtype), subject.device).requires_grad_(learns)
     logits = problem(dtype, rows, classes)[0].to(subject.device).requires_grad_()
     target = torch.arange(rows, device=subject.device)
-    tensors = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
-        fused_sparse_ce(logits, target, k, link=link, backend=subject.backend)
+    tensors = saved(lambda: fused_sparse_ce(logits, target, k, link=link, backend=subject.backend))
     wide = [t for t in tensors if t.numel() >= rows * classes]
     assert [t.data_ptr() for t in wide] == ([logits.data_ptr()] if k is None else [])
     size = sum(t.numel() * t.element_size() for t in tensors if t.numel() < rows * classes)

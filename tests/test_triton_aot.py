@@ -54,6 +54,7 @@ OTHERS = [
         for name in aot.LINEAR
         for dtype, size in aot.ITEMSIZE.items()
     ),
+    *(aot.Case(name, "float32", 1, 1, full=True) for name in aot.REDUCE),
 ]
 # what else a launch may ask for: a pointer that is None is another kernel to Triton
 PLAIN = (("weight_ptr", None),)
@@ -92,6 +93,8 @@ VARIANTS = [
         ),
     ),
     *(aot.Case(name, "float32", width, 20) for name in aot.LINEAR for width in (1, 4097)),
+    aot.Case("reduce_fwd", "float32", 1, 1, changes=(*PLAIN, ("sums_ptr", None))),
+    aot.Case("reduce_fwd", "float32", 1, 1, full=True, changes=(("ALONE", False),)),
 ]  # fmt: skip
 SELECTED = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 20),
@@ -190,7 +193,8 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     forms = ("fwd", "bwd", "ce_fwd", "ce_bwd", "topk_fwd", "topk_bwd")
     plif = [getattr(aot.plif, f"_{name}_kernel") for name in forms]
     cosine = [getattr(aot.cosine, f"_{name}_kernel") for name in ("fwd", "bwd")]
-    for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine):
+    reduce = [getattr(aot.reduce, f"_{name}_kernel") for name in ("fwd", "join", "bwd")]
+    for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine, *reduce):
         for parameter in kernel.params:
             number = not parameter.is_constexpr and not parameter.name.endswith("_ptr")
             # Triton specialises no float

@@ -110,14 +110,14 @@ def adaptive_sparse_ce(
     num_classes = logits.shape[-1]
     checks.target_range(target, num_classes, ignore_index)
     rows = functional.as_rows(logits)
-    row_target = target.reshape(rows.shape[:-1]).to(torch.int64).contiguous()
+    row_target = functional.as_row_target(target, rows)
     if weight is not None:
         weight = weight.to(schema.statistics_dtype(logits.dtype)).contiguous()
     name = backends.resolve(backend, logits.device.type, logits.dtype, False)
     loss, lse, _, _, _, _, kept = ops.threshold_ce_fwd(
         rows, row_target, weight, num_classes, float(delta), float(label_smoothing), name
     )
-    reduced = functional.reduce(loss, row_target, weight, ignore_index, reduction)
+    reduced = functional.reduce(loss, row_target, weight, ignore_index, reduction, name)
     if reduction == "none":
         reduced = reduced.view(target.shape)
     if not return_support:

@@ -112,6 +112,7 @@ BACKENDS = (
             "sparse_ce.triton_kernels.labels_ce",
             "sparse_ce.triton_kernels.plif",
             "sparse_ce.triton_kernels.sparse_linear",
+            "sparse_ce.triton_kernels.reduce",
             "sparse_ce.triton_kernels.cosine",
         ),
         devices=("cuda", "cpu") if interpreting() else ("cuda",),

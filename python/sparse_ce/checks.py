@@ -79,7 +79,7 @@ def target_range(value: Tensor, num_classes: int, ignore_index: int) -> None:
     if value.numel() == 0:
         return
     lowest, highest = torch.aminmax(value)
-    if lowest >= 0 and highest < num_classes:
+    if lowest.item() >= 0 and highest.item() < num_classes:
         return
     wrong = ((value < 0) | (value >= num_classes)) & (value != ignore_index)
     if bool(wrong.any()):

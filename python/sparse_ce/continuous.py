@@ -80,13 +80,13 @@ def continuous_output_loss(
     checks.target_range(target.to(embedding.device) if elsewhere else target, known, ignore_index)
 
     rows = functional.as_rows(output)
-    row_target = target.reshape(rows.shape[:-1]).to(torch.int64).contiguous()
+    row_target = functional.as_row_target(target, rows)
     name = backends.resolve(backend, output.device.type, output.dtype, False)
     table, places = embedding, row_target
     if elsewhere or target_vectors is not None or embedding.stride(-1) != 1:
         table, places = gather(row_target, embedding, target_vectors)
     loss = ops.cosine_fwd(rows, places, table, distance == "cosine", name)[0]
-    reduced = functional.reduce(loss, row_target, None, ignore_index, reduction)
+    reduced = functional.reduce(loss, row_target, None, ignore_index, reduction, name)
     return reduced.view(target.shape) if reduction == "none" else reduced
 
 

@@ -599,6 +599,26 @@ def sparse_linear_dweight(
     return sums.to(dtype)
 
 
+def reduce_fwd(
+    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, mean: bool
+) -> tuple[Tensor, Tensor]:
+    counted = target != ignore_index
+    total = torch.where(counted, loss, 0).sum()
+    if not mean:
+        return total, torch.ones_like(total)
+    count = counted.sum(dtype=loss.dtype)
+    if weight is None:
+        divisor = count.clamp(min=1)
+    else:
+        y = target.clamp(0, weight.shape[0] - 1)
+        divisor = torch.where(count > 0, torch.where(counted, weight[y], 0).sum(), 1)
+    return total / divisor, divisor
+
+
+def reduce_bwd(dreduced: Tensor, target: Tensor, divisor: Tensor, ignore_index: int) -> Tensor:
+    return torch.where(target != ignore_index, dreduced / divisor, 0)
+
+
 def _vectors(target: Tensor, embedding: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """hit (N) bool, the vectors of the targets (N, D)."""
     vectors = embedding.shape[0]

@@ -23,6 +23,17 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits.flatten(0, -2) if logits.dim() > 3 else logits
 
 
+def as_row_target(target: Tensor, rows: Tensor) -> Tensor:
+    """(...) of int32 or int64 -> one int64 for each of the rows, contiguous; a call that has
+    nothing to do costs a microsecond.
+    """
+    if target.dtype != torch.int64:
+        target = target.to(torch.int64)
+    if target.dim() != rows.dim() - 1:
+        target = target.reshape(rows.shape[:-1])
+    return target if target.is_contiguous() else target.contiguous()
+
+
 # Branches, not comparisons: under torch.compile k may be symbolic, and a branch turns the answer
 # into a guard.
 def is_large(k: int) -> bool:
@@ -127,7 +138,7 @@ def fused_sparse_ce(
     k = num_classes if k is None else min(k, num_classes)
 
     rows = as_rows(logits)
-    row_target = target.reshape(rows.shape[:-1]).to(torch.int64).contiguous()
+    row_target = as_row_target(target, rows)
     if weight is not None:
         weight = weight.to(schema.statistics_dtype(logits.dtype)).contiguous()
     large_k = is_large(k)
@@ -140,35 +151,36 @@ def fused_sparse_ce(
         op: Any = ops.topk_ce_fwd if link is None else topk_plif_ce_fwd
         curve = () if link is None else (link.w, link.bound)
         loss, lse, indices, probs = op(*arguments, *curve, k, float(label_smoothing), name)[:4]
-        shape = (*target.shape, k)
-        support = Support(
-            indices.view(shape), probs.view(shape), lse.view(target.shape), num_classes
-        )
+        if return_support:
+            shape = (*target.shape, k)
+            support = Support(
+                indices.view(shape), probs.view(shape), lse.view(target.shape), num_classes
+            )
     elif link is not None:
         tables = link.tables(logits.dtype, name)
         loss = ops.plif_ce_fwd(*arguments, *tables, link.bound, float(label_smoothing), name)[0]
     else:
         loss = ops.threshold_ce_fwd(*arguments, k, 1.0, float(label_smoothing), name)[0]
-    reduced = reduce(loss, row_target, weight, ignore_index, reduction)
+    reduced = reduce(loss, row_target, weight, ignore_index, reduction, name)
     if reduction == "none":
         reduced = reduced.view(target.shape)
-    return (reduced, support) if return_support and support is not None else reduced
+    return reduced if support is None else (reduced, support)
 
 
 def reduce(
-    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+    loss: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    backend: str,
 ) -> Tensor:
-    ignored = target == ignore_index
-    loss = loss.masked_fill(ignored, 0.0)
     if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    counted = ignored.numel() - ignored.sum()
-    if weight is None:
-        return loss.sum() / counted.clamp(min=1)
-    share = weight[target.clamp(0, weight.shape[0] - 1)].masked_fill(ignored, 0.0).sum()
-    return loss.sum() / torch.where(counted > 0, share, torch.ones_like(share))
+        return loss.masked_fill(target == ignore_index, 0.0)
+    reduced: Tensor = ops.reduce_fwd(
+        loss, target, weight, ignore_index, reduction == "mean", backend
+    )[0]
+    return reduced
 
 
 def sparse_softmax(

@@ -323,7 +323,7 @@ for _name, _backward, _context in (
     ("topk_linear_ce_bwd", _no_second_derivative, None),
     ("threshold_linear_ce_bwd", _no_second_derivative, None),
 ):
-    torch.library.register_autograd(f"sparse_ce::{_name}", _backward, setup_context=_context)
+    ops.differentiable(_name, _backward, _context)
 
 
 class _RowSparse(torch.autograd.Function):
@@ -525,7 +525,7 @@ def fused_linear_sparse_ce(
     if kept is not None and reduction == "none":
         loss = loss.new_zeros(row_target.shape).index_copy(0, kept, loss)
         counted = row_target
-    reduced = functional.reduce(loss, counted, class_weight, ignore_index, reduction)
+    reduced = functional.reduce(loss, counted, class_weight, ignore_index, reduction, name)
     if reduction == "none":
         reduced = reduced.view(target.shape)
     return reduced if support is None else (reduced, support)

@@ -24,5 +24,7 @@ threshold_ce_fwd = torch.ops.sparse_ce_native.threshold_ce_fwd.default
 threshold_ce_bwd = torch.ops.sparse_ce_native.threshold_ce_bwd.default
 labels_ce_fwd = torch.ops.sparse_ce_native.labels_ce_fwd.default
 labels_ce_bwd = torch.ops.sparse_ce_native.labels_ce_bwd.default
+reduce_fwd = torch.ops.sparse_ce_native.reduce_fwd.default
+reduce_bwd = torch.ops.sparse_ce_native.reduce_bwd.default
 cosine_fwd = torch.ops.sparse_ce_native.cosine_fwd.default
 cosine_bwd = torch.ops.sparse_ce_native.cosine_bwd.default

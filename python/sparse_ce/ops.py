@@ -11,8 +11,8 @@ sums over the support:
 Source of the loss: Sun et al., Sparse-softmax, arXiv 2112.12433, eq. 4 and 5.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,6 +31,43 @@ def _bind(op: str) -> None:
 for _op in schema.SIGNATURES:
     _bind(_op)
 
+
+_LIBRARY = torch.library.Library("sparse_ce", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def differentiable(
+    op: str, backward: Callable[..., Any], context: Callable[..., None] | None = None
+) -> None:
+    """What torch.library.register_autograd does, `context` being its setup_context, without the
+    walk over the schema at every call: of a small forward that was the half.
+    """
+    overload = getattr(torch.ops.sparse_ce, op).default
+
+    def below(keys: Any, inputs: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx: Any, *inputs_and_keys: Any) -> Any:
+        *inputs, keys = inputs_and_keys
+        output = below(keys, inputs)
+        if context is not None:
+            context(ctx, inputs, output)
+        return output
+
+    def derivative(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        return *backward(ctx, *upstream), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    function: Any = type(op, (torch.autograd.Function,), methods)
+
+    def autograd(keys: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(*inputs, keys)
+        return below(keys, inputs)
+
+    _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
 topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
 threshold_ce_fwd = torch.ops.sparse_ce.threshold_ce_fwd.default
@@ -48,6 +85,8 @@ plif_topk_ce_fwd = torch.ops.sparse_ce.plif_topk_ce_fwd.default
 plif_topk_ce_bwd = torch.ops.sparse_ce.plif_topk_ce_bwd.default
 sparse_linear_dhidden = torch.ops.sparse_ce.sparse_linear_dhidden.default
 sparse_linear_dweight = torch.ops.sparse_ce.sparse_linear_dweight.default
+reduce_fwd = torch.ops.sparse_ce.reduce_fwd.default
+reduce_bwd = torch.ops.sparse_ce.reduce_bwd.default
 cosine_fwd = torch.ops.sparse_ce.cosine_fwd.default
 cosine_bwd = torch.ops.sparse_ce.cosine_bwd.default
 
@@ -147,12 +186,8 @@ def _topk_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
     return da, None if b is None else gp, dq, None, None, dp, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "sparse_ce::topk_ce_fwd", _topk_fwd_backward, setup_context=_topk_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::topk_ce_bwd", _topk_bwd_backward, setup_context=_topk_bwd_context
-)
+differentiable("topk_ce_fwd", _topk_fwd_backward, _topk_fwd_context)
+differentiable("topk_ce_bwd", _topk_bwd_backward, _topk_bwd_context)
 
 
 def coefficients(
@@ -263,12 +298,8 @@ def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, 
     return (da, db, dz.to(logits.dtype), *(None,) * 9)
 
 
-torch.library.register_autograd(
-    "sparse_ce::threshold_ce_fwd", _threshold_fwd_backward, setup_context=_threshold_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::threshold_ce_bwd", _threshold_bwd_backward, setup_context=_threshold_bwd_context
-)
+differentiable("threshold_ce_fwd", _threshold_fwd_backward, _threshold_fwd_context)
+differentiable("threshold_ce_bwd", _threshold_bwd_backward, _threshold_bwd_context)
 
 
 # labels_ce
@@ -321,12 +352,8 @@ def _labels_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...
     return (gq - gr, (a.unsqueeze(-1) * dz).to(logits.dtype), *(None,) * 6)
 
 
-torch.library.register_autograd(
-    "sparse_ce::labels_ce_fwd", _labels_fwd_backward, setup_context=_labels_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::labels_ce_bwd", _labels_bwd_backward, setup_context=_labels_bwd_context
-)
+differentiable("labels_ce_fwd", _labels_fwd_backward, _labels_fwd_context)
+differentiable("labels_ce_bwd", _labels_bwd_backward, _labels_bwd_context)
 
 
 # plif. With G_i the sum of the upstream gradient g over cell i, M_i that of g times the share of
@@ -457,7 +484,7 @@ def _plif_ce_backward(
     return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 4)
 
 
-def no_second_derivative(*_: Any) -> None:
+def no_second_derivative(*_: Any) -> NoReturn:
     raise RuntimeError(
         "MonotonicPLIF: expected a first derivative only, got a backward of its backward"
     )
@@ -472,7 +499,7 @@ for _op, _backward, _context in (
     ("plif_scale", no_second_derivative, None),
     ("plif_dslopes", no_second_derivative, None),
 ):
-    torch.library.register_autograd(f"sparse_ce::{_op}", _backward, setup_context=_context)
+    differentiable(_op, _backward, _context)
 
 
 # sparse_linear: gradients themselves, of which nobody takes another
@@ -491,6 +518,48 @@ def _(coefficients, classes, weight, dtype, backend):  # type: ignore[no-untyped
 @torch.library.register_fake("sparse_ce::sparse_linear_dweight")
 def _(coefficients, classes, hidden, num_classes, dtype, backend):  # type: ignore[no-untyped-def]
     return hidden.new_empty((num_classes, hidden.shape[1]), dtype=dtype)
+
+
+# reduce: linear in the losses, and so is its gradient in dreduced
+
+
+@torch.library.register_fake("sparse_ce::reduce_fwd")
+def _(loss, target, weight, ignore_index, mean, backend):  # type: ignore[no-untyped-def]
+    return loss.new_empty(()), loss.new_empty(())
+
+
+@torch.library.register_fake("sparse_ce::reduce_bwd")
+def _(dreduced, target, divisor, ignore_index, backend):  # type: ignore[no-untyped-def]
+    return dreduced.new_empty(target.shape)
+
+
+def _reduce_fwd_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    _, target, _, ctx.ignore_index, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(target, output[1])
+
+
+def _reduce_fwd_backward(ctx: Any, dreduced: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dreduced is None:
+        return (None,) * 6
+    dloss = reduce_bwd(dreduced, *ctx.saved_tensors, ctx.ignore_index, ctx.backend)
+    return dloss, None, None, None, None, None
+
+
+def _reduce_bwd_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    _, target, divisor, ctx.ignore_index, _ = inputs
+    ctx.save_for_backward(target, divisor)
+
+
+def _reduce_bwd_backward(ctx: Any, ddloss: Tensor) -> tuple[Tensor | None, ...]:
+    target, divisor = ctx.saved_tensors
+    total = ddloss.masked_fill(target == ctx.ignore_index, 0).sum()
+    return total / divisor, None, None, None, None
+
+
+differentiable("reduce_fwd", _reduce_fwd_backward, _reduce_fwd_context)
+differentiable("reduce_bwd", _reduce_bwd_backward, _reduce_bwd_context)
 
 
 # cosine: with c the output, e the target's vector, alpha = by_target and beta = by_output
@@ -572,9 +641,5 @@ def _cosine_bwd_backward(ctx: Any, ddoutput: Tensor) -> tuple[Tensor | None, ...
     return beta * gc + alpha * ge, dc, None, None, dloss * gc, dloss * ge, None
 
 
-torch.library.register_autograd(
-    "sparse_ce::cosine_fwd", _cosine_fwd_backward, setup_context=_cosine_fwd_context
-)
-torch.library.register_autograd(
-    "sparse_ce::cosine_bwd", _cosine_bwd_backward, setup_context=_cosine_bwd_context
-)
+differentiable("cosine_fwd", _cosine_fwd_backward, _cosine_fwd_context)
+differentiable("cosine_bwd", _cosine_bwd_backward, _cosine_bwd_context)

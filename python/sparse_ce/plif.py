@@ -170,7 +170,5 @@ def _topk_autograd(
     return (dlogits, None, None, dw if needed else None, *(None,) * 4)
 
 
-torch.library.register_autograd(
-    "sparse_ce::topk_plif_ce_fwd", _topk_autograd, setup_context=_topk_context
-)
-torch.library.register_autograd("sparse_ce::topk_plif_ce_bwd", ops.no_second_derivative)
+ops.differentiable("topk_plif_ce_fwd", _topk_autograd, _topk_context)
+ops.differentiable("topk_plif_ce_bwd", ops.no_second_derivative)

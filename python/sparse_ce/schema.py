@@ -101,6 +101,16 @@ cosine, the distance from the vector of the target: continuous outputs
     bwd  the gradient of loss, and what forward got and returned; zeros where by_target is 0
          ->  doutput (N, D) in the dtype of output
 
+reduce, the losses of all rows to one
+    fwd  loss (N); target (N) int64 contiguous; weight (V) or None, in the dtype of loss. A row
+         counts unless its target is ignore_index
+         ->  reduced (), the sum of loss over the rows that count, divided by
+             divisor (): with `mean` the number of these rows, or the sum of the weights of their
+             targets, and 1 where no row counts; without it 1.
+         A target out of range, whose loss is NaN, has the weight of the nearest class.
+    bwd  the gradient of reduced, and what forward got and returned
+         ->  dloss (N): dreduced / divisor, and exact zeros where a row does not count
+
 Promises. Outputs are fresh and contiguous; no input is written to. Statistics (everything but
 logits, target, labels, indices and counts) are float32, or float64 for float64 logits. Saved
 tensors are part of the signature, so any backend can run the backward of any other. In the order of
@@ -196,6 +206,14 @@ SIGNATURES = {
     ),
     "sparse_linear_dweight": (
         "Tensor coefficients, Tensor classes, Tensor hidden, SymInt num_classes, ScalarType dtype",
+        "Tensor",
+    ),
+    "reduce_fwd": (
+        "Tensor loss, Tensor target, Tensor? weight, int ignore_index, bool mean",
+        "(Tensor reduced, Tensor divisor)",
+    ),
+    "reduce_bwd": (
+        "Tensor dreduced, Tensor target, Tensor divisor, int ignore_index",
         "Tensor",
     ),
     "cosine_fwd": (
