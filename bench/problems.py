@@ -143,6 +143,7 @@ FLOOR = (
     Problem(2048, 32000, 20),
     Problem(512, 128256, 20),
     *(Problem(65536, classes, 20) for classes in (100, 256, 1000)),
+    Problem(16384, 4096, 20),
     *(Problem(2048, 32000, k) for k in (10, 100)),
 )
 SWEEPS = (

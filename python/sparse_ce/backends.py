@@ -118,7 +118,7 @@ BACKENDS = (
         devices=("cuda", "cpu") if interpreting() else ("cuda",),
         dtypes=HALF_AND_SINGLE,
         large_k=False,
-        why_here="fused kernels for every GPU that Triton compiles for, with no compiler on install",
+        why_here="fused kernels for every GPU that Triton compiles for, nothing built on install",
         unavailable=_triton_unavailable,
     ),
     Backend(
