@@ -1,8 +1,8 @@
 // topk_ce in CUDA C++: the k largest logits of a row, their softmax, its loss and its gradient. The formulas and what is saved
 // for backward stand in triton_kernels/topk_ce.py; the contract in python/sparse_ce/schema.py.
 //
-// A row belongs to a group: a warp (k <= 32, V <= 4096), or a block of 128 (k <= 128) or 512 threads (k <= 1024). Forward goes
-// through these steps, and reads V * itemsize bytes per row from memory:
+// A row belongs to a group: a warp (k <= 32, V <= 4096), or a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows from
+// k = 33 on). Forward goes through these steps, and reads V * itemsize bytes per row from memory:
 //
 //   bound    a key that at least k classes reach, and few more. A short row lies in the registers of its group, and the bound
 //            is found among all its keys. A longer one streams past: chunk q of 16 bytes belongs to segment q mod NSEG, a

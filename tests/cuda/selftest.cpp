@@ -35,10 +35,12 @@ __global__ void warps(int* out) {
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAll, sum, distance);
   const unsigned odd = __ballot_sync(kAll, lane % 2);
   const int total = __reduce_add_sync(kAll, -lane), third = __shfl_sync(kAll, 7 * lane, 3);
+  const int least = __reduce_min_sync(kAll, 5 - lane), greatest = __reduce_max_sync(kAll, 5 - lane);
   int half = 0;
   if (lane < 16) half = __reduce_add_sync(0xFFFF, 1);
   out[threadIdx.x] = sum == 496 && odd == 0xAAAAAAAA && total == -496 && third == 21 &&
-                     half == (lane < 16 ? 16 : 0);
+                     least == -26 && greatest == 5 && __any_sync(kAll, lane == 7) &&
+                     !__any_sync(kAll, 0) && half == (lane < 16 ? 16 : 0);
 }
 
 __global__ void atomics(int* out) {
