@@ -536,6 +536,7 @@ void launch_rows(void (*kernel)(Forward, int), const Forward& a, Split split, cu
 // The tuning table, chosen by an H200 in bfloat16; registers and spills of every row are in tests/cuda_resources.json.
 template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t stream) {
   constexpr int kUnits = Chunk<T>::kUnits, kLongList = sizeof(ItemOf<T>) == 8 ? 4096 : 2048;
+  constexpr int kWarpChunks = sizeof(T) == 2 ? 4 : 8;
   const int64_t classes = a.logits.classes, chunks = classes / Chunk<T>::kElements;
   if (a.k > kMaxListK) {
     launch(forward_radix_kernel<T, 1024>, dim3(static_cast<unsigned>(a.logits.count)), 1024, stream,
@@ -550,8 +551,7 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
   else if (a.k <= 32 && chunks <= 128)
     launch_rows<32, T>(forward_long_kernel<T, 32, 2, 1, 256>, a, split, stream);
   else if (a.k <= 32 && classes <= kMaxWarpClasses)
-    launch_rows<32, T>(forward_long_kernel < T, 32, sizeof(T) == 2 ? 4 : 8, 1, 256 >, a, split,
-                       stream);
+    launch_rows<32, T>(forward_long_kernel<T, 32, kWarpChunks, 1, 256>, a, split, stream);
   else if (a.k <= 128 && classes <= 2048)
     launch_rows<128, T>(forward_short_kernel<T, 128, 16, 1024>, a, split, stream);
   else if (a.k <= 32 || (a.k <= 128 && chunks <= 8192))
