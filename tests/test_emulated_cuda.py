@@ -22,7 +22,9 @@ CHOSEN = [
     (torch.bfloat16, 5, 128, 32, ["short 32 4 128"]),
     (torch.bfloat16, 5, 129, 32, [SHORT_WARP]),
     (torch.bfloat16, 5, 256, 32, [SHORT_WARP]),
-    (torch.bfloat16, 5, 1024, 32, ["long 32 4 1 256"]),
+    (torch.bfloat16, 5, 1031, 32, ["long 32 2 1 256"]),
+    (torch.bfloat16, 5, 1032, 32, ["long 32 4 1 256"]),
+    (torch.float32, 5, 512, 32, ["long 32 2 1 256"]),
     (torch.float32, 5, 1024, 32, ["long 32 8 1 256"]),
     (torch.float64, 5, 4096, 32, ["long 32 8 1 256"]),
     (torch.float32, 5, 4097, 32, ["long 128 8 1 1024"]),
@@ -37,6 +39,8 @@ CHOSEN = [
     (torch.float32, 1, 32768, 20, ["long 128 8 1 1024", "merge 512 2048"]),
     (torch.float64, 2, 32768, 1024, ["long 512 4 2 2048", "merge 512 2048"]),
     (torch.float32, 129, 32768, 20, ["long 128 8 1 1024"]),
+    (torch.float32, 129, 32768, 128, ["long 128 8 1 1024"]),
+    (torch.float32, 129, 32772, 33, ["long 512 4 1 1024"]),
 ]
 
 
@@ -56,7 +60,7 @@ def test_chosen_kernels(dtype, rows, classes, k, kernels):
     assert (outputs[2] == expected).all()
 
 
-@pytest.mark.parametrize("classes, threads", [(4096, 32), (4097, 256)])
+@pytest.mark.parametrize("classes, threads", [(4095, 32), (4096, 128)])
 def test_chosen_kernel_of_backward(classes, threads):
     logits, target = torch.randn(3, classes).bfloat16(), torch.tensor([0, 1, 2])
     _, _, indices, probs = emulated_cuda.topk_ce_fwd(logits, target, None, 20, 0.0)
