@@ -725,7 +725,7 @@ class Tuning(NamedTuple):
 #   ncut    4 k or more: about k + k / 8 classes then reach the bound.
 _ANY = 1 << 31
 TUNING = (
-    Tuning(2, 4096, 32, 128, 4, 128, 1, 1),
+    Tuning(2, 4096, 32, 64, 4, 128, 1, 1),
     Tuning(2, 4096, 128, 256, 2, 512, 1, 2),
     Tuning(2, 4096, 1024, 512, 1, 4096, 1, 8),
     Tuning(2, 16384, 32, 512, 4, 256, 1, 2),
