@@ -63,7 +63,7 @@ SETTLED = tl.constexpr(0x7FFFFFFF)
 # Flags that a program of _exact_kernel looks at together.
 WATCH = tl.constexpr(32)
 # Chunks of a row that a program of _bwd_kernel writes, at least. More where the list would be
-# a good part of what is moved.
+# a good part of what is moved; a shorter row has one warp.
 PART = 512
 
 
@@ -604,7 +604,7 @@ def exact_options(size: int) -> dict[str, int]:
 
 def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
     """The configuration of _bwd_kernel."""
-    short = num_classes * itemsize < 8192
+    short = num_classes * itemsize // 16 < PART
     return {
         "K2": max(16, triton.next_power_of_2(k)),
         "BLOCK": 128 if short else 1024,
@@ -718,8 +718,8 @@ class Tuning(NamedTuple):
 # one with k <= 128 up to 65536. The others follow from counts on compiled code, which
 # tests/test_triton_aot.py repeats and tests/triton_resources.json records: registers, instructions
 # per 16 bytes of the streaming loop, warp-instructions per row. None of them spills.
-#   nseg    the H200 likes 4 chunks per thread: 16 registers of maxima and twice 16 of loads. The
-#           second look reads 2 k / nseg of the row again, so nseg grows with k.
+#   nseg    the H200 likes 2 to 4 chunks per thread: at most 16 registers of maxima and twice 16 of
+#           loads. The second look reads 2 k / nseg of the row again, so nseg grows with k.
 #   warps   all but the streaming costs 1000 to 2500 instructions per warp: as few as nseg leaves.
 #   piece   small ones read less again, and list more; 1 or 2 where k is not small against V.
 #   ncut    4 k or more: about k + k / 8 classes then reach the bound.

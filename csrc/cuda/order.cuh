@@ -180,11 +180,6 @@ __device__ __forceinline__ Chunk<T, N> chunk_of(const StatisticOf<T> (&x)[N]) {
   return chunk;
 }
 
-template <class T>
-__device__ __forceinline__ KeyOf<T> element_key(const Chunk<T>& chunk, int place) {
-  return Order<T>::key(element_of(chunk, place));
-}
-
 template <class T> __device__ __forceinline__ Chunk<T> lowest_chunk() {
   Chunk<T> chunk;
   for (int u = 0; u < Chunk<T>::kUnits; ++u) {

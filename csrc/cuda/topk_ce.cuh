@@ -252,12 +252,10 @@ __device__ __forceinline__ void stream(const Group<THREADS>& group, const Chunk<
   const auto keep_larger = [](Chunk<T>& x, const Chunk<T>& y) {
     for (int u = 0; u < Chunk<T>::kUnits; ++u) x.unit[u] = Packed<T>::max(x.unit[u], y.unit[u]);
   };
+  const auto chunk_at = [&](int at) { return at < count ? chunks[at] : lowest_chunk<T>(); };
   // the first tile, which may be all of the row
 #pragma unroll
-  for (int s = 0; s < CHUNKS; ++s) {
-    const int at = s * THREADS + group.rank;
-    best[s] = at < count ? chunks[at] : lowest_chunk<T>();
-  }
+  for (int s = 0; s < CHUNKS; ++s) best[s] = chunk_at(s * THREADS + group.rank);
   int begin = kSegments;
 #pragma unroll 1
   for (; begin + kSegments <= count; begin += kSegments) {
@@ -271,10 +269,7 @@ __device__ __forceinline__ void stream(const Group<THREADS>& group, const Chunk<
   if (begin < count) {
     Chunk<T> x[CHUNKS];
 #pragma unroll
-    for (int s = 0; s < CHUNKS; ++s) {
-      const int at = begin + s * THREADS + group.rank;
-      x[s] = at < count ? chunks[at] : lowest_chunk<T>();
-    }
+    for (int s = 0; s < CHUNKS; ++s) x[s] = chunk_at(begin + s * THREADS + group.rank);
 #pragma unroll
     for (int s = 0; s < CHUNKS; ++s) keep_larger(best[s], x[s]);
   }
@@ -533,7 +528,7 @@ void launch_rows(void (*kernel)(Forward, int), const Forward& a, Split split, cu
            static_cast<int>(split.parts * a.k));
 }
 
-// The tuning table, chosen by an H200 in bfloat16; registers and spills of every row are in tests/cuda_resources.json.
+// The tuning table: up to k = 128 an H200 chose it, in bfloat16. Registers and spills of every row are in tests/cuda_resources.json.
 template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t stream) {
   constexpr int kUnits = Chunk<T>::kUnits, kLongList = sizeof(ItemOf<T>) == 8 ? 4096 : 2048;
   constexpr int kWarpChunks = sizeof(T) == 2 ? 4 : 8;
@@ -566,17 +561,18 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
 }
 
 template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t stream) {
-  if (a.classes * static_cast<int64_t>(sizeof(T)) < 8192) {
+  // Chunks of a part, 8 KB. A shorter row has a warp; where the list would be much of a part, parts are longer.
+  constexpr int64_t kPart = 512;
+  const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
+  if (chunks < kPart) {
     launch(backward_kernel<T, 32>, dim3(static_cast<unsigned>((a.count + 3) / 4)), 128, stream, a,
            1);
     return cudaGetLastError();
   }
-  // each of 8 KB, and more where the list would be a good part of what is moved
-  const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
-  const int64_t parts = chunks / (a.k > 128 ? 4 * a.k : 512);
-  const int64_t jobs = parts < 1 ? a.count : a.count * parts;
-  launch(backward_kernel<T, 128>, dim3(static_cast<unsigned>(jobs)), 128, stream, a,
-         static_cast<int>(parts < 1 ? 1 : parts));
+  const int64_t size = a.k * 4 > kPart ? a.k * 4 : kPart;
+  const int parts = chunks < size ? 1 : static_cast<int>(chunks / size);
+  launch(backward_kernel<T, 128>, dim3(static_cast<unsigned>(a.count * parts)), 128, stream, a,
+         parts);
   return cudaGetLastError();
 }
 
