@@ -74,7 +74,7 @@ cpp: $(VENV)/ready
 cuda: $(VENV)/test
 	bash tests/cuda_build.sh $(BIN)/python
 
-# On a machine with a GPU: tests, sanitizers, then the bench, in nine minutes; the network is not needed. Logs go to $(OUT).
+# On a machine with a GPU: tests, sanitizers, then the bench, meant to take nine minutes; the network is not needed. Logs go to $(OUT).
 OUT ?= out
 gpu-check gpu-check-full: $(VENV)/installed
 	@$(BIN)/python -c "import pytest" 2>/dev/null || $(MAKE) --no-print-directory $(VENV)/test

@@ -101,7 +101,7 @@ BACKENDS = (
         devices=("cuda",),
         dtypes=ALL_DTYPES,
         large_k=True,
-        why_here="fused kernels in CUDA C++: on an H200 the fastest; also for float64, for any k",
+        why_here="fused kernels in CUDA C++: on an H200 top-k is fastest; float64, any k",
         unavailable=_cuda_unavailable,
     ),
     Backend(
