@@ -121,10 +121,15 @@ def _liger(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
     return lambda: liger_fused_linear_cross_entropy(hidden, weight, target)
 
 
-def _cce(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
-    from cut_cross_entropy import linear_cross_entropy
+def _cce(**options: None) -> Make:
+    """By its own choice it leaves out small gradients, and is refused where they are missed."""
 
-    return lambda: linear_cross_entropy(hidden, weight, target)
+    def make(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return lambda: linear_cross_entropy(hidden, weight, target, **options)
+
+    return make
 
 
 def _quack(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
@@ -148,7 +153,8 @@ PROVIDERS = (
         )
     ),
     Provider("liger", _liger, needs("liger_kernel"), loss="dense"),
-    Provider("cce", _cce, needs("cut_cross_entropy"), loss="dense"),
+    Provider("cce", _cce(), needs("cut_cross_entropy"), loss="dense"),
+    Provider("cce.unfiltered", _cce(filter_eps=None), needs("cut_cross_entropy"), loss="dense"),
     Provider("quack", _quack, needs("quack"), loss="dense"),
 )
 

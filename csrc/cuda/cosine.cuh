@@ -82,7 +82,8 @@ __device__ __forceinline__ void for_each_pair(int lane, const T* output, const E
   }
 }
 
-template <class T, Dtype TABLE, int BYTES> __global__ void __launch_bounds__(Group<32>::kBlock)
+template <class T, Dtype TABLE, int BYTES>
+__global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlock))
     cosine_forward_kernel(const CosineForward a) {
   using S = StatisticOf<T>;
   constexpr int N = kNumbers<T, TABLE, BYTES>;
@@ -129,7 +130,8 @@ template <class T, Dtype TABLE, int BYTES> __global__ void __launch_bounds__(Gro
   static_cast<S*>(a.by_target)[n] = by_target;
 }
 
-template <class T, Dtype TABLE, int BYTES> __global__ void __launch_bounds__(Group<32>::kBlock)
+template <class T, Dtype TABLE, int BYTES>
+__global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlock))
     cosine_backward_kernel(const CosineBackward a) {
   using S = StatisticOf<T>;
   constexpr int N = kNumbers<T, TABLE, BYTES>;

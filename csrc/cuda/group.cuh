@@ -19,6 +19,37 @@ template <class T> constexpr int resident(int block) {
   return block == 128 ? 5 : sizeof(T) == 8 ? 512 / block : 1024 / block;
 }
 
+// Values of any type of 4, 8 or 16 bytes, from lane to lane.
+template <class V, class Shuffle> __device__ __forceinline__ V by_words(V x, Shuffle shuffle) {
+  using Word = std::conditional_t<sizeof(V) == 4, unsigned, unsigned long long>;
+  Word words[sizeof(V) / sizeof(Word)];
+  memcpy(words, &x, sizeof(V));
+  for (Word& word : words) word = shuffle(word);
+  memcpy(&x, words, sizeof(V));
+  return x;
+}
+
+template <class V> __device__ __forceinline__ V of_lane(V x, int lane) {
+  return by_words(x, [&](auto word) { return __shfl_sync(kAllLanes, word, lane); });
+}
+
+// Of the lane whose number differs by these bits.
+template <class V> __device__ __forceinline__ V across(V x, int bits) {
+  return by_words(x, [&](auto word) { return __shfl_xor_sync(kAllLanes, word, bits); });
+}
+
+// Of the lanes before this one; and of all.
+__device__ __forceinline__ int sum_of_lanes_before(int x, int lane, int& all) {
+  int sum = x;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  all = of_lane(sum, 31);
+  return sum - x;
+}
+
 template <int THREADS> class Group {
  public:
   static constexpr bool kIsWarp = THREADS == 32;
@@ -27,8 +58,8 @@ template <int THREADS> class Group {
   static constexpr int kPerBlock = kBlock / THREADS;
 
   __device__ Group(Shared<uint64_t> slots, Shared<int> lengths)
-      : number(static_cast<int>(threadIdx.x) / THREADS),
-        rank(static_cast<int>(threadIdx.x) % THREADS),
+      : number(static_cast<int>(threadIdx.x / THREADS)),
+        rank(static_cast<int>(threadIdx.x % THREADS)),
         slots_(slots + 2 * kWarps * number),
         length_(lengths + number) {}
 
@@ -85,39 +116,27 @@ template <int THREADS> class Group {
     return count;
   }
 
-  // A list that all fill, in any order. Its length goes on where its capacity ends. A warp, which counts by ballots, keeps it in
-  // registers.
+  // A list that all threads of a block fill, in any order. Its length goes on where its capacity ends.
   __device__ void set_length(int length) {
     sync();
-    if constexpr (kIsWarp) {
-      count_ = length;
-    } else {
-      if (rank == 0) length_[0] = length;
-      sync();
-    }
+    if (rank == 0) length_[0] = length;
+    sync();
   }
 
   template <class List, class V>
   __device__ __forceinline__ void append(List list, int capacity, bool keep, V value) {
     const unsigned kept = __ballot_sync(kAllLanes, keep);
-    const int lane = rank % 32;
-    int place = count_;
-    if constexpr (kIsWarp) {
-      count_ += __popc(kept);
-    } else {
-      if (kept == 0) return;
-      const int leader = __ffs(static_cast<int>(kept)) - 1;
-      if (lane == leader) place = atomicAdd(length_ + 0, __popc(kept));
-      place = __shfl_sync(kAllLanes, place, leader);
-    }
-    place += __popc(kept & ((1u << lane) - 1));
+    if (kept == 0) return;
+    const int lane = rank % 32, leader = __ffs(static_cast<int>(kept)) - 1;
+    int place = 0;
+    if (lane == leader) place = atomicAdd(length_ + 0, __popc(kept));
+    place = __shfl_sync(kAllLanes, place, leader) + __popc(kept & ((1u << lane) - 1));
     if (keep && place < capacity) list[place] = value;
   }
 
   // The length of the list; the list itself is then seen by all.
   __device__ int length() const {
     sync();
-    if constexpr (kIsWarp) return count_;
     return length_[0];
   }
 
@@ -148,7 +167,6 @@ template <int THREADS> class Group {
   Shared<uint64_t> slots_;  // (2, kWarps)
   Shared<int> length_;
   int turn_ = 0;
-  int count_ = 0;
 };
 
 }  // namespace sparse_ce::cuda

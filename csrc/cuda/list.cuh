@@ -8,41 +8,73 @@
 
 namespace sparse_ce::cuda {
 
-// Loss, log-sum-exp and probabilities from the logits of the list, value(rank) in their order, and the target's. Its indices are
-// there, those of a thread's own ranks at least.
-template <class S, int THREADS, class Value>
+// f(rank) of the ranks of a list that are a thread's own: at most one, where ONE_TURN says so.
+template <bool ONE_TURN, int THREADS, class F>
+__device__ __forceinline__ void for_each_rank(const Group<THREADS>& group, int k, F f) {
+  if constexpr (ONE_TURN) {
+    if (group.rank < k) f(group.rank);
+  } else {
+    // unrolled, the decisions of the loop cost more than a list that takes one turn
+#pragma unroll 1
+    for (int rank = group.rank; rank < k; rank += THREADS) f(rank);
+  }
+}
+
+// By its bits: gaming cards compare float64 in the time of 32 other instructions.
+__device__ __forceinline__ bool is_smooth(double label_smoothing) {
+  return bit_cast<int64_t>(label_smoothing) != 0;
+}
+
+// A target that is ignored is no class.
+__device__ __forceinline__ bool is_class(int64_t target, int64_t classes) {
+  return static_cast<uint64_t>(target) < static_cast<uint64_t>(classes);
+}
+
+// Loss, log-sum-exp and probabilities from the logits of the list, value(rank) in their order, the largest of them, and the
+// target's. Its indices are there, those of a thread's own ranks at least.
+template <class S, bool ONE_TURN, int THREADS, class Value>
 __device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n, Value value,
-                             int64_t target, S at_target) {
+                             S row_max, int64_t target, S at_target) {
   const auto add = [](S x, S y) { return x + y; };
   const int k = static_cast<int>(a.k);
   const auto weight = static_cast<const S*>(a.weight);
-  const S row_max = value(0);
   S total = 0;
-  // unrolled, the decisions of these loops cost more than a list that takes one turn
-#pragma unroll 1
-  for (int rank = group.rank; rank < k; rank += THREADS) total += std::exp(value(rank) - row_max);
+  for_each_rank<ONE_TURN>(group, k, [&](int rank) { total += std::exp(value(rank) - row_max); });
   const S log_sum = std::log(group.reduce(total, add));
 
-  const S smoothing = static_cast<S>(a.label_smoothing);
+  const bool smooth = is_smooth(a.label_smoothing);
   S spread = 0;
-#pragma unroll 1
-  for (int rank = group.rank; rank < k; rank += THREADS) {
+  for_each_rank<ONE_TURN>(group, k, [&](int rank) {
     const S shifted = value(rank) - row_max;
     static_cast<S*>(a.probs)[n * a.k + rank] = std::exp(shifted - log_sum);
-    if (smoothing != 0)
-      spread += (weight ? weight[a.indices[n * a.k + rank]] : S{1}) * (log_sum - shifted);
-  }
-  if (smoothing != 0) spread = group.reduce(spread, add);
+    if (smooth) spread += (weight ? weight[a.indices[n * a.k + rank]] : S{1}) * (log_sum - shifted);
+  });
+  if (smooth) spread = group.reduce(spread, add);
   if (group.rank == 0) {
     S loss = kNan<S>;
-    if (target >= 0 && target < a.logits.classes) {
+    if (is_class(target, a.logits.classes)) {
       loss = (weight ? weight[target] : S{1}) * (log_sum - (at_target - row_max));
-      if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing / k * spread;
+      if (smooth) {
+        const S smoothing = static_cast<S>(a.label_smoothing);
+        loss = (1 - smoothing) * loss + smoothing / k * spread;
+      }
     }
     static_cast<S*>(a.loss)[n] = loss;
     static_cast<S*>(a.lse)[n] = row_max + log_sum;
   }
 }
+
+// The target of a row and its logit: asked for early, so that finish need not wait for memory.
+template <class T> struct Target {
+  int64_t index;
+  T logit;
+
+  __device__ __forceinline__ void load_index(const Forward& a, int64_t n) { index = a.target[n]; }
+  __device__ __forceinline__ void load_logit(const Forward& a, const T* row) {
+    logit = {};
+    if (is_class(index, a.logits.classes)) logit = row[index];
+  }
+};
 
 // The gradient of the logits of the list, by rank. The target's is -at_target, joined to that in the list where it is there.
 template <class S> struct ListGradient {
@@ -67,8 +99,8 @@ template <class S> struct ListGradient {
   template <int THREADS>
   __device__ __forceinline__ void prepare(Group<THREADS>& group, const Backward& a) {
     const int k = static_cast<int>(a.k);
-    const S smoothing = static_cast<S>(a.label_smoothing);
-    hit = target >= 0 && target < a.classes;
+    const S smoothing = is_smooth(a.label_smoothing) ? static_cast<S>(a.label_smoothing) : S{0};
+    hit = is_class(target, a.classes);
     if (!hit) dloss = 0;
     at_target = dloss * (1 - smoothing) * (weight && hit ? weight[target] : S{1});
     share = smoothing == 0 ? S{0} : dloss * (smoothing / k);

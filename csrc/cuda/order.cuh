@@ -26,7 +26,8 @@ template <class Key, class Bits> __device__ __forceinline__ Bits bits_of_key(Key
   return static_cast<Bits>(key < 0 ? kSign | static_cast<Bits>(-key) : static_cast<Bits>(key));
 }
 
-// A class of a row: its key and its index. Greater is earlier; no two are equal.
+// A class of a row: its key and its index. Greater is earlier; no two are equal. The order of items that are turned round, by 1, is
+// that of the classes turned round.
 struct Item32 {
   using Key = int32_t;
   int64_t packed;
@@ -36,6 +37,7 @@ struct Item32 {
   __device__ __forceinline__ bool operator>(const Item32& other) const {
     return packed > other.packed;
   }
+  __device__ __forceinline__ Item32 turned_if(int yes) const { return {packed ^ -int64_t{yes}}; }
   __device__ __forceinline__ Key key() const { return static_cast<Key>(packed >> 32); }
   __device__ __forceinline__ int32_t index() const {
     return 0x7FFFFFFF - static_cast<int32_t>(packed & 0x7FFFFFFF);
@@ -52,6 +54,7 @@ struct Item16 {
   __device__ __forceinline__ bool operator>(const Item16& other) const {
     return packed > other.packed;
   }
+  __device__ __forceinline__ Item16 turned_if(int yes) const { return {packed ^ -yes}; }
   __device__ __forceinline__ Key key() const { return packed >> 16; }
   __device__ __forceinline__ int32_t index() const { return 0xFFFF - (packed & 0xFFFF); }
 };
@@ -63,6 +66,9 @@ struct alignas(16) Item64 {
   static __device__ __forceinline__ Item64 of(Key key, int32_t index) { return {key, index}; }
   __device__ __forceinline__ bool operator>(const Item64& other) const {
     return high > other.high || (high == other.high && low < other.low);
+  }
+  __device__ __forceinline__ Item64 turned_if(int yes) const {
+    return {high ^ -int64_t{yes}, low ^ -int64_t{yes}};
   }
   __device__ __forceinline__ Key key() const { return high; }
   __device__ __forceinline__ int32_t index() const { return static_cast<int32_t>(low); }
@@ -81,9 +87,10 @@ template <> struct Order<float> {
   static __device__ __forceinline__ Key key(float x) {
     return key_of_bits<Key, kInfinity>(bit_cast<uint32_t>(x));
   }
-  static __device__ __forceinline__ float value(Key key) {
+  static __device__ __forceinline__ float element_of_key(Key key) {
     return bit_cast<float>(bits_of_key<Key, uint32_t>(key));
   }
+  static __device__ __forceinline__ float value(Key key) { return element_of_key(key); }
   static __device__ __forceinline__ Key unit_key(uint32_t unit) {
     return key(bit_cast<float>(unit));
   }
@@ -96,9 +103,10 @@ template <class T, int kInfinityBits> struct Order16 {
   using Statistic = float;
   static constexpr Key kInfinity = kInfinityBits;
   static __device__ __forceinline__ Key key(T x) { return key_of_bits<Key, kInfinity>(x.bits); }
-  static __device__ __forceinline__ float value(Key key) {
-    return to_float(T{bits_of_key<Key, uint16_t>(key)});
+  static __device__ __forceinline__ T element_of_key(Key key) {
+    return {bits_of_key<Key, uint16_t>(key)};
   }
+  static __device__ __forceinline__ float value(Key key) { return to_float(element_of_key(key)); }
   // Of the larger of the two, which Packed::max made: a NaN has no sign.
   static __device__ __forceinline__ Key unit_key(uint32_t unit) {
     const Key bits = static_cast<int16_t>(Packed<T>::max(unit, unit << 16 | unit >> 16));
@@ -122,9 +130,10 @@ template <> struct Order<double> {
   static __device__ __forceinline__ Key key(double x) {
     return key_of_bits<Key, kInfinity>(bit_cast<uint64_t>(x));
   }
-  static __device__ __forceinline__ double value(Key key) {
+  static __device__ __forceinline__ double element_of_key(Key key) {
     return bit_cast<double>(bits_of_key<Key, uint64_t>(key));
   }
+  static __device__ __forceinline__ double value(Key key) { return element_of_key(key); }
   static __device__ __forceinline__ Key unit_key(uint64_t unit) {
     return key(bit_cast<double>(unit));
   }

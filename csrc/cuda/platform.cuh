@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -61,8 +62,8 @@ __device__ __forceinline__ float16 to_float16(float x) {
   TWIN(return {bit_cast<uint16_t>(static_cast<_Float16>(x))};)
 }
 
-// The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. Of the 16-bit floats
-// also a pair, rounded to the nearest.
+// The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. All bits of each float
+// that is not below the other's, or where either is NaN. Of the 16-bit floats also a pair, rounded to the nearest.
 template <class T> struct Packed;
 
 template <> struct Packed<float> {
@@ -75,6 +76,9 @@ template <> struct Packed<float> {
                                                                                 ? 0x7FFFFFFF
                                                                             : x > y ? a
                                                                                     : b;)
+  }
+  static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
+    return bit_cast<float>(a) < bit_cast<float>(b) ? 0 : ~Unit{0};
   }
 };
 
@@ -89,6 +93,11 @@ template <> struct Packed<bfloat16> {
     TWIN(return (Packed<float>::max(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
                     Packed<float>::max(a << 16, b << 16) >> 16;)
   }
+  static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
+    PTX(return __hgeu2_mask(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b));)
+    TWIN(return (Packed<float>::not_below(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
+                    Packed<float>::not_below(a << 16, b << 16) >> 16;)
+  }
 };
 
 template <> struct Packed<float16> {
@@ -100,6 +109,13 @@ template <> struct Packed<float16> {
   static __device__ __forceinline__ Unit max(Unit a, Unit b) {
     PTX(Unit d; asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
     TWIN(return half_max(a >> 16, b >> 16) << 16 | half_max(a & 0xFFFF, b & 0xFFFF);)
+  }
+  static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
+    PTX(return __hgeu2_mask(bit_cast<__half2>(a), bit_cast<__half2>(b));)
+    TWIN(const auto bits =
+             [](Unit x) { return bit_cast<Unit>(to_float(float16{static_cast<uint16_t>(x)})); };
+         return Packed<float>::not_below(bits(a >> 16), bits(b >> 16)) << 16 |
+                Packed<float>::not_below(bits(a & 0xFFFF), bits(b & 0xFFFF)) >> 16;)
   }
   TWIN(static Unit half_max(Unit a, Unit b) {
     const float x = to_float(float16{static_cast<uint16_t>(a)});
@@ -114,6 +130,9 @@ template <> struct Packed<double> {
   static __device__ __forceinline__ Unit max(Unit a, Unit b) {
     const double x = bit_cast<double>(a), y = bit_cast<double>(b);
     return x > y || x != x ? a : b;
+  }
+  static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
+    return bit_cast<double>(a) < bit_cast<double>(b) ? 0 : ~Unit{0};
   }
 };
 

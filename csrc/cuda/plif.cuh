@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
     values[rank] = number_of(row[rank < k ? indices[rank] : y]);
   group.sync();
   const auto value = [&](int rank) { return f(values[rank]); };
-  list_softmax<S>(group, a.list, n, value, target, value(k));
+  list_softmax<S, false>(group, a.list, n, value, value(0), target, value(k));
 }
 
 template <class T, int THREADS>

@@ -9,11 +9,15 @@
 namespace sparse_ce::cuda {
 
 template <class T> __device__ const T* row_of(const Rows& rows, int64_t row) {
-  const T* data = static_cast<const T*>(rows.data);
-  if (row < rows.inner) return data + row * rows.inner_stride;
-  // both fit 32 bits: a division of 64 costs a short row a tenth of its time
-  const auto number = static_cast<uint32_t>(row), inner = static_cast<uint32_t>(rows.inner);
-  return data + number / inner * rows.outer_stride + number % inner * rows.inner_stride;
+  int64_t offset = row * rows.inner_stride;
+  if (row >= rows.inner) {
+    // both fit 32 bits: a division of 64 costs a short row a tenth of its time
+    const auto number = static_cast<uint32_t>(row), inner = static_cast<uint32_t>(rows.inner);
+    offset = number / inner * rows.outer_stride + number % inner * rows.inner_stride;
+  }
+  // in bytes, or else the compiler adds the offset anew to every index
+  return reinterpret_cast<const T*>(static_cast<const char*>(rows.data) +
+                                    offset * int64_t{sizeof(T)});
 }
 
 // The classes before the first whole chunk, and how many of those there are.

@@ -1,8 +1,8 @@
 // topk_ce in CUDA C++: the k largest logits of a row, their softmax, its loss and its gradient. The formulas and what is saved
 // for backward stand in triton_kernels/topk_ce.py; the contract in python/sparse_ce/schema.py.
 //
-// A row belongs to a group: a warp (k <= 32, V <= 4096), or a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows from
-// k = 33 on). Forward goes through these steps, and reads V * itemsize bytes per row from memory:
+// A row belongs to a warp (k <= 32, up to 8 KB: held.cuh), or to a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows
+// from k = 33 on). Forward of a block goes through these steps, and reads V * itemsize bytes per row from memory:
 //
 //   bound    a key that at least k classes reach, and few more. A short row lies in the registers of its group, and the bound
 //            is found among all its keys. A longer one streams past: chunk q of 16 bytes belongs to segment q mod NSEG, a
@@ -19,12 +19,7 @@
 // Few rows: several blocks share one, each lists the best of its part, and a second kernel merges. k > 1024: radix select.
 #pragma once
 
-#include "group.cuh"
-#include "list.cuh"
-#include "order.cuh"
-#include "rows.cuh"
-#include "select.cuh"
-#include "topk_ce.h"
+#include "held.cuh"
 
 namespace sparse_ce::cuda {
 
@@ -33,7 +28,7 @@ constexpr int kMaxListK = 1024;
 // Of all parts of a row together.
 constexpr int kMaxCandidates = 2048;
 
-// What a group works on: rows are on x of the grid, the parts of a row on y.
+// What a block works on: rows are on x of the grid, the parts of a row on y.
 struct Part {
   int64_t row;
   int32_t first;  // class
@@ -43,49 +38,21 @@ struct Part {
   __device__ int64_t job() const { return row * gridDim.y + blockIdx.y; }
 };
 
-template <int THREADS> __device__ Part part_of(const Forward& a, int part_size, int group) {
-  using G = Group<THREADS>;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group;
+inline __device__ Part part_of(const Forward& a, int part_size) {
   const int first = static_cast<int>(blockIdx.y) * part_size;
   const int left = static_cast<int>(a.logits.classes) - first;
-  return {row, first, left < part_size ? left : part_size};
+  return {blockIdx.x, first, left < part_size ? left : part_size};
 }
 
-// A key that at least k of the group's keys reach: at most k + kSlack + k / 8 of them, or else the k-th largest itself. By
-// bisection, with the keys in registers; a few more to list and sort cost less than another step.
-constexpr int kSlack = 4;
+// Of the bound: keys that a list may hold beyond k.
+__device__ __forceinline__ int slack_of(int k) { return 4 + k / 8; }
 
-template <class Key, int COUNT, int THREADS>
-__device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k) {
-  Key low = keys[0], high = keys[0];
-  for (int i = 1; i < COUNT; ++i) {
-    low = keys[i] < low ? keys[i] : low;
-    high = keys[i] > high ? keys[i] : high;
-  }
-  low = group.least(low);
-  high = group.greatest(high);
-  while (low < high) {
-    // the mean rounded up, without overflow
-    const Key middle = (low | high) - ((low ^ high) >> 1);
-    int reached = 0;
-    for (int i = 0; i < COUNT; ++i) reached += keys[i] >= middle;
-    reached = group.sum(reached);
-    if (reached >= k) {
-      low = middle;
-      if (reached <= k + kSlack + k / 8) break;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-// The place of each item in the descending order is the number of greater ones. A warp reads n * n / 32 items, without a barrier.
-template <int THREADS> constexpr int kShortSort = THREADS == 32 ? 64 : 256;
+// The place of each item in the descending order is the number of greater ones.
+constexpr int kShortSort = 256;
 
 template <class T, class Item, int THREADS>
 __device__ void sort_short(Group<THREADS>& group, Shared<Item> list, int n) {
-  constexpr int kMine = THREADS < kShortSort<THREADS> ? kShortSort<THREADS> / THREADS : 1;
+  constexpr int kMine = THREADS < kShortSort ? kShortSort / THREADS : 1;
   constexpr int kStep = 8;
   const int padded = (n + kStep - 1) / kStep * kStep;
   if (n + group.rank < padded) list[n + group.rank] = last_item<T, Item>();
@@ -132,8 +99,8 @@ __device__ void sort_bitonic(Group<THREADS>& group, List list, int size) {
 // Descending. The list is whole before and after.
 template <class T, class Item, int THREADS>
 __device__ void sort(Group<THREADS>& group, Shared<Item> list, int n) {
-  if (n <= kShortSort<THREADS>) return sort_short<T>(group, list, n);
-  int size = 2 * kShortSort<THREADS>;
+  if (n <= kShortSort) return sort_short<T>(group, list, n);
+  int size = 2 * kShortSort;
   while (size < n) size *= 2;
   for (int i = n + group.rank; i < size; i += THREADS) list[i] = last_item<T, Item>();
   group.sync();
@@ -167,28 +134,15 @@ __device__ int collect_exactly(Group<THREADS>& group, Shared<Item> list, const T
   return length;
 }
 
-// The target of a row and its logit: asked for early, so that finish need not wait for memory.
-template <class T> struct Target {
-  int64_t index;
-  T logit;
-
-  __device__ __forceinline__ void load_index(const Forward& a, int64_t n) { index = a.target[n]; }
-  __device__ __forceinline__ void load_logit(const Forward& a, const T* row) {
-    logit = {};
-    if (index >= 0 && index < a.logits.classes) logit = row[index];
-  }
-};
-
 // Everything that forward returns, from the k first classes of the row in their order.
 template <class T, class Item, int THREADS, class List>
 __device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n,
                        const Target<T>& target) {
-#pragma unroll 1
-  for (int rank = group.rank; rank < static_cast<int>(a.k); rank += THREADS)
-    a.indices[n * a.k + rank] = Item(list[rank]).index();
-  list_softmax<StatisticOf<T>>(
-      group, a, n, [&](int rank) { return Order<T>::value(Item(list[rank]).key()); }, target.index,
-      Order<T>::value(Order<T>::key(target.logit)));
+  const auto value = [&](int rank) { return Order<T>::value(Item(list[rank]).key()); };
+  for_each_rank<false>(group, static_cast<int>(a.k),
+                       [&](int rank) { a.indices[n * a.k + rank] = Item(list[rank]).index(); });
+  list_softmax<StatisticOf<T>, false>(group, a, n, value, value(0), target.index,
+                                      number_of(target.logit));
 }
 
 // From the filled list to the end: of the row, or of its part.
@@ -201,29 +155,18 @@ __device__ void settle(Group<THREADS>& group, Shared<Item> list, int length, Key
                                       part.size, bound, k);
   sort<T>(group, list, length);
   if (gridDim.y == 1) return finish<T, Item>(group, list, a, part.row, target);
-  // parts are long, and never a warp's
-  if constexpr (std::is_same<Item, ItemOf<T>>::value) {
-    Item* best = static_cast<Item*>(a.scratch) + part.job() * a.k;
-    for (int rank = group.rank; rank < k; rank += THREADS) best[rank] = list[rank];
-  }
+  Item* best = static_cast<Item*>(a.scratch) + part.job() * a.k;
+  for (int rank = group.rank; rank < k; rank += THREADS) best[rank] = list[rank];
 }
-
-// A warp's rows have at most kMaxWarpClasses.
-constexpr int kMaxWarpClasses = 4096;
-template <class T, int THREADS> using ListedItem =
-    typename std::conditional<THREADS == 32 && sizeof(T) == 2, Item16, ItemOf<T>>::type;
 
 // A row that lies in registers, COUNT keys per thread.
 template <class T, int THREADS, int COUNT, int LIST>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock))
     forward_short_kernel(const Forward a, int part_size) {
-  using G = Group<THREADS>;
-  using Item = ListedItem<T, THREADS>;
+  using Item = ItemOf<T>;
   GROUP_MEMORY(THREADS, group);
-  SHARED_ARRAY(Item, lists, G::kPerBlock * LIST);
-  const Part part = part_of<THREADS>(a, part_size, group.number);
-  if (part.row >= a.logits.count) return;
-  const Shared<Item> list = lists + group.number * LIST;
+  SHARED_ARRAY(Item, list, LIST);
+  const Part part = part_of(a, part_size);
   const T* row = row_of<T>(a.logits, part.row);
   Target<T> target;
   target.load_index(a, part.row);
@@ -234,7 +177,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
     keys[i] = at < part.size ? Order<T>::key(row[at]) : -Order<T>::kInfinity;
   }
   target.load_logit(a, row);
-  const KeyOf<T> bound = bound_of(group, keys, static_cast<int>(a.k));
+  const KeyOf<T> bound =
+      bound_of(group, keys, static_cast<int>(a.k), slack_of(static_cast<int>(a.k)));
   group.set_length(0);
   for (int i = 0; i < COUNT; ++i) {
     const int at = i * THREADS + group.rank;
@@ -299,19 +243,15 @@ __device__ __forceinline__ void append_reaching(Group<THREADS>& group, Shared<It
 template <class T, int THREADS, int CHUNKS, int PIECES, int LIST>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock))
     forward_long_kernel(const Forward a, int part_size) {
-  using G = Group<THREADS>;
-  using Item = ListedItem<T, THREADS>;
+  using Item = ItemOf<T>;
   using Key = KeyOf<T>;
   constexpr int kSegments = THREADS * CHUNKS, kUnits = Chunk<T>::kUnits;
   constexpr int kElements = Chunk<T>::kElements / PIECES;  // of a piece
   constexpr int kMaxPieces = LIST < 2048 ? LIST : 2048;
   GROUP_MEMORY(THREADS, group);
-  SHARED_ARRAY(Item, lists, G::kPerBlock * LIST);
-  SHARED_ARRAY(int, all_pieces, G::kPerBlock* kMaxPieces);
-  const Part part = part_of<THREADS>(a, part_size, group.number);
-  if (part.row >= a.logits.count) return;
-  const Shared<Item> list = lists + group.number * LIST;
-  const Shared<int> pieces = all_pieces + group.number * kMaxPieces;
+  SHARED_ARRAY(Item, list, LIST);
+  SHARED_ARRAY(int, pieces, kMaxPieces);
+  const Part part = part_of(a, part_size);
   const int k = static_cast<int>(a.k);
 
   // whole chunks begin `head` classes into the part
@@ -337,7 +277,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
   }
   Target<T> target;
   target.load_index(a, part.row);
-  const Key bound = bound_of(group, keys, k);
+  const Key bound = bound_of(group, keys, k, slack_of(k));
   target.load_logit(a, row - part.first);
 
   group.set_length(0);
@@ -351,23 +291,20 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 
   group.set_length(0);
   if (width <= kMaxPieces) {
-    // piece `slot` of the list in tile `tile`, side by side; a warp, for which a division is much, takes each tile by itself
-    const int pitch = G::kIsWarp ? (width + 31) / 32 * 32 : width;
-    int tile = G::kIsWarp ? 0 : group.rank / width,
-        slot = G::kIsWarp ? group.rank : group.rank % width;
-    const int tile_step = G::kIsWarp ? pitch == 32 : THREADS / width;
-    const int slot_step = THREADS - tile_step * pitch;
+    // piece `slot` of the list in tile `tile`, side by side
+    int tile = group.rank / width, slot = group.rank % width;
+    const int tile_step = THREADS / width, slot_step = THREADS % width;
     // chunks that a thread loads before it looks at the first
-    constexpr int kBatch = G::kIsWarp ? 1 : 4;
-    for (int begin = 0; begin < pitch * tiles; begin += kBatch * THREADS) {
+    constexpr int kBatch = 4;
+    for (int begin = 0; begin < width * tiles; begin += kBatch * THREADS) {
       Chunk<T, kElements> x[kBatch] = {};
       int first[kBatch];
       bool valid[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const int piece = slot < width ? static_cast<int>(pieces[slot]) : 0;
+        const int piece = pieces[slot];
         const int at = tile * kSegments + piece / PIECES;
-        valid[b] = slot < width && tile < tiles && at < count;
+        valid[b] = tile < tiles && at < count;
         first[b] = part.first + head + at * Chunk<T>::kElements + piece % PIECES * kElements;
         if constexpr (PIECES == 1) {
           if (valid[b]) x[b] = chunks[at];
@@ -376,8 +313,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
         }
         tile += tile_step;
         slot += slot_step;
-        if (slot >= pitch) {
-          slot -= pitch;
+        if (slot >= width) {
+          slot -= width;
           ++tile;
         }
       }
@@ -516,47 +453,36 @@ inline int radix_capacity(int64_t k) {
   return capacity;
 }
 
-template <int THREADS, class T>
-void launch_rows(void (*kernel)(Forward, int), const Forward& a, Split split, cudaStream_t stream) {
-  constexpr int kPerBlock = Group<THREADS>::kPerBlock;
-  const auto blocks = static_cast<unsigned>((a.logits.count + kPerBlock - 1) / kPerBlock);
-  launch(kernel, dim3(blocks, static_cast<unsigned>(split.parts)), Group<THREADS>::kBlock, stream,
-         a, split.size);
+template <class T> void launch_rows(void (*kernel)(Forward, int), int threads, const Forward& a,
+                                    Split split, cudaStream_t stream) {
+  const auto rows = static_cast<unsigned>(a.logits.count);
+  launch(kernel, dim3(rows, static_cast<unsigned>(split.parts)), threads, stream, a, split.size);
   if (split.parts > 1)
-    launch(forward_merge_kernel<T, 512, kMaxCandidates>,
-           dim3(static_cast<unsigned>(a.logits.count)), 512, stream, a,
+    launch(forward_merge_kernel<T, 512, kMaxCandidates>, dim3(rows), 512, stream, a,
            static_cast<int>(split.parts * a.k));
 }
 
 // The tuning table: up to k = 128 an H200 chose it, in bfloat16. Registers and spills of every row are in tests/cuda_resources.json.
 template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t stream) {
   constexpr int kUnits = Chunk<T>::kUnits, kLongList = sizeof(ItemOf<T>) == 8 ? 4096 : 2048;
-  constexpr int kWarpChunks = sizeof(T) == 2 ? 4 : 8;
   const int64_t classes = a.logits.classes, chunks = classes / Chunk<T>::kElements;
   if (a.k > kMaxListK) {
     launch(forward_radix_kernel<T, 1024>, dim3(static_cast<unsigned>(a.logits.count)), 1024, stream,
            a, radix_capacity(a.k));
     return cudaGetLastError();
   }
+  if (a.k <= kMaxHeldK && chunks <= kMaxHeldChunks) return forward_held<T>(a, stream);
   const Split split = split_of(a);
-  if (a.k <= 32 && classes <= 128)
-    launch_rows<32, T>(forward_short_kernel<T, 32, 4, 128>, a, split, stream);
-  else if (a.k <= 32 && classes <= 256)
-    launch_rows<32, T>(forward_short_kernel<T, 32, 8, 256>, a, split, stream);
-  else if (a.k <= 32 && chunks <= 128)
-    launch_rows<32, T>(forward_long_kernel<T, 32, 2, 1, 256>, a, split, stream);
-  else if (a.k <= 32 && classes <= kMaxWarpClasses)
-    launch_rows<32, T>(forward_long_kernel<T, 32, kWarpChunks, 1, 256>, a, split, stream);
-  else if (a.k <= 128 && classes <= 2048)
-    launch_rows<128, T>(forward_short_kernel<T, 128, 16, 1024>, a, split, stream);
+  if (a.k <= 128 && classes <= 2048)
+    launch_rows<T>(forward_short_kernel<T, 128, 16, 1024>, 128, a, split, stream);
   else if (a.k <= 32 || (a.k <= 128 && chunks <= 8192))
-    launch_rows<128, T>(forward_long_kernel<T, 128, 8, 1, 1024>, a, split, stream);
+    launch_rows<T>(forward_long_kernel<T, 128, 8, 1, 1024>, 128, a, split, stream);
   else if (a.k <= 128)
-    launch_rows<512, T>(forward_long_kernel<T, 512, 4, 1, 1024>, a, split, stream);
+    launch_rows<T>(forward_long_kernel<T, 512, 4, 1, 1024>, 512, a, split, stream);
   else if (classes <= 4096)
-    launch_rows<512, T>(forward_short_kernel<T, 512, 8, kLongList>, a, split, stream);
+    launch_rows<T>(forward_short_kernel<T, 512, 8, kLongList>, 512, a, split, stream);
   else
-    launch_rows<512, T>(forward_long_kernel<T, 512, 4, kUnits, kLongList>, a, split, stream);
+    launch_rows<T>(forward_long_kernel<T, 512, 4, kUnits, kLongList>, 512, a, split, stream);
   return cudaGetLastError();
 }
 

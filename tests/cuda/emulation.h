@@ -615,6 +615,11 @@ template <class T> T __shfl_sync(unsigned mask, T value, int source) {
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, (::emulation::running->current().number & 31) ^ distance);
 }
+// The lanes that there is no such lane below keep their own.
+template <class T> T __shfl_up_sync(unsigned mask, T value, int distance) {
+  const int lane = ::emulation::running->current().number & 31;
+  return __shfl_sync(mask, value, lane < distance ? lane : lane - distance);
+}
 inline unsigned __ballot_sync(unsigned mask, int yes) {
   return static_cast<unsigned>(
       ::emulation::running->collective(::emulation::Collective::ballot, mask, yes != 0));
