@@ -72,6 +72,7 @@ class Provider:
     unavailable: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     ours: bool = False
     loss: str = "top-k"
+    slack: float = 1  # tolerances that it is allowed
 
 
 def _ours(backend: str, backward: str) -> Provider:
@@ -121,21 +122,25 @@ def _liger(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
     return lambda: liger_fused_linear_cross_entropy(hidden, weight, target)
 
 
-def _cce(**options: None) -> Make:
-    """By its own choice it leaves out small gradients, and is refused where they are missed."""
+def _cce(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
+    from cut_cross_entropy import linear_cross_entropy
 
-    def make(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
-        from cut_cross_entropy import linear_cross_entropy
-
-        return lambda: linear_cross_entropy(hidden, weight, target, **options)
-
-    return make
+    return lambda: linear_cross_entropy(hidden, weight, target)
 
 
 def _quack(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda: chunked_linear_cross_entropy(hidden, weight, target, reduction="mean")
+    # quack 0.6.5 refuses a chunk of as many tokens as there are features
+    chunk = 8192 if hidden.shape[1] == 4096 else 4096
+    return lambda: chunked_linear_cross_entropy(
+        hidden, weight, target, chunk_size=chunk, reduction="mean"
+    )
+
+
+def _no_quack(device: torch.device, dtype: torch.dtype) -> str | None:
+    narrow = None if dtype == torch.bfloat16 else "its products are of bfloat16 only"
+    return needs("quack")(device, dtype) or narrow
 
 
 # what is plain in each loss, and sets the tolerance of the others
@@ -153,9 +158,9 @@ PROVIDERS = (
         )
     ),
     Provider("liger", _liger, needs("liger_kernel"), loss="dense"),
-    Provider("cce", _cce(), needs("cut_cross_entropy"), loss="dense"),
-    Provider("cce.unfiltered", _cce(filter_eps=None), needs("cut_cross_entropy"), loss="dense"),
-    Provider("quack", _quack, needs("quack"), loss="dense"),
+    # its dhidden has 3.1 tolerances, with its filter of small gradients and without
+    Provider("cce", _cce, needs("cut_cross_entropy"), loss="dense", slack=4),
+    Provider("quack", _quack, _no_quack, loss="dense"),
 )
 
 
@@ -228,7 +233,8 @@ def enter(
     # the error of the one number that the plain loss is may be small by chance
     rounding = torch.finfo(case.hidden.dtype).eps
     floor = {"loss": max(rounding, plain["loss"])}
-    return {name: error / (2 * (plain | floor)[name] + 1e-6) for name, error in errors.items()}
+    allowance = {name: 2 * error + 1e-6 for name, error in (plain | floor).items()}
+    return {name: error / allowance[name] / provider.slack for name, error in errors.items()}
 
 
 def measure(

@@ -4,6 +4,7 @@ test_kernels.py, as on every backend.
 
 import re
 
+import cases
 import pytest
 import subjects
 import torch
@@ -16,18 +17,22 @@ from sparse_ce import eager  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
 
-# (dtype, rows, classes, k) -> the kernels of forward with their numbers, threads per row first
-SHORT_WARP, SHORT_128 = "short 32 8 256", "short 128 16 1024"
+# (dtype, rows, classes, k) -> the kernels of forward with their numbers: threads of a row first, or
+# chunks of a lane
+SHORT_128 = "short 128 16 1024"
 CHOSEN = [
-    (torch.bfloat16, 5, 128, 32, ["short 32 4 128"]),
-    (torch.bfloat16, 5, 129, 32, [SHORT_WARP]),
-    (torch.bfloat16, 5, 256, 32, [SHORT_WARP]),
-    (torch.bfloat16, 5, 1031, 32, ["long 32 2 1 256"]),
-    (torch.bfloat16, 5, 1032, 32, ["long 32 4 1 256"]),
-    (torch.float32, 5, 512, 32, ["long 32 2 1 256"]),
-    (torch.float32, 5, 1024, 32, ["long 32 8 1 256"]),
-    (torch.float64, 5, 4096, 32, ["long 32 8 1 256"]),
-    (torch.float32, 5, 4097, 32, ["long 128 8 1 1024"]),
+    (torch.bfloat16, 5, 40, 32, ["held 1 false"]),
+    (torch.bfloat16, 5, 263, 32, ["held 1 false"]),
+    (torch.bfloat16, 5, 264, 32, ["held 2 false"]),
+    (torch.bfloat16, 5, 1031, 32, ["held 4 false"]),
+    (torch.bfloat16, 5, 1032, 32, ["held 8 false"]),
+    (torch.float32, 5, 512, 32, ["held 4 false"]),
+    (torch.float32, 5, 2048, 32, ["held 16 false"]),
+    (torch.float64, 5, 2048, 32, ["held 32 false"]),
+    (torch.float32, 5, 4099, 32, ["held 32 false"]),
+    (torch.float32, 5, 4100, 32, ["held 16 true"]),
+    (torch.float16, 5, 24583, 32, ["held 16 true"]),
+    (torch.float16, 5, 24584, 32, ["long 128 8 1 1024"]),
     (torch.float32, 5, 2048, 33, [SHORT_128]),
     (torch.float16, 5, 2049, 128, ["long 128 8 1 1024"]),
     (torch.float32, 5, 4096, 129, ["short 512 8 4096"]),
@@ -289,3 +294,20 @@ def test_more_elements_of_plif_than_a_grid_has_are_refused():
 def assert_refused(arguments):
     with pytest.raises(RuntimeError, match="^the launch was refused$"):
         emulated_cuda.run(arguments)
+
+
+@pytest.mark.parametrize("filler", cases.FILLERS)
+@pytest.mark.parametrize(
+    "dtype, classes",
+    [(torch.bfloat16, 9001), (torch.float32, 4603), (torch.float64, 2307)],
+    ids=str,
+)
+def test_rows_of_several_tiles(dtype, classes, filler):
+    """Whatever comes first or last in a row, the bound of its earlier tiles loses nothing."""
+    logits = cases.logits(filler, 2, classes, dtype)
+    for z in (logits, logits.flip(-1)):
+        _, _, indices, _ = emulated_cuda.topk_ce_fwd(
+            z.contiguous(), torch.zeros(2, dtype=torch.int64), None, 20, 0.0
+        )
+        expected = z.double().sort(descending=True, stable=True).indices[:, :20]
+        assert (indices == expected).all()

@@ -14,7 +14,7 @@
 
 namespace sparse_ce::cuda {
 
-constexpr int kMaxHeldK = 32, kMaxHeldChunks = 1024;
+constexpr int kMaxHeldK = 32, kMaxHeldChunks = 3072;
 constexpr int kHeldList = 128;
 
 // One step of bitonic sorting: the greater of two items goes to the lower lane.
@@ -45,27 +45,32 @@ template <class Item> __device__ __forceinline__ Item merge_lanes(Item mine, Ite
   return mine;
 }
 
-// The best 32 of a row, whatever its ties.
-template <class T, class Item> __device__ Item best_of_row(const T* row, int classes, int lane) {
-  Item best = last_item<T, Item>();
+// The best 32 of these and of the classes from first to last, whatever ties there are.
+template <class T, class Item>
+__device__ Item best_of_classes(Item best, const T* row, int first, int last, int lane) {
 #pragma unroll 1
-  for (int begin = 0; begin < classes; begin += 32) {
+  for (int begin = first; begin < last; begin += 32) {
     const int i = begin + lane;
-    const Item more = i < classes ? Item::of(Order<T>::key(row[i]), i) : last_item<T, Item>();
+    const Item more = i < last ? Item::of(Order<T>::key(row[i]), i) : last_item<T, Item>();
     if (__any_sync(kAllLanes, more > of_lane(best, 31)))
       best = merge_lanes(best, sort_lanes(more, lane), lane);
   }
   return best;
 }
 
-// CHUNKS per lane.
-template <class T, int CHUNKS>
-__global__ void __launch_bounds__(Group<32>::kBlock,
-                                  CHUNKS < 32 ? resident<T>(Group<32>::kBlock) : 3)
+// Blocks that shall find room on a multiprocessor: up to 96 registers per thread, and 128 or 168 where the row takes 64 or 128 of
+// them.
+template <class T, int CHUNKS, bool STREAMS>
+constexpr int kHeldBlocks = CHUNKS == 32 || (STREAMS && sizeof(T) == 8) ? 3 : STREAMS ? 4 : 5;
+
+// CHUNKS of a tile per lane; STREAMS if there may be more than one tile.
+template <class T, int CHUNKS, bool STREAMS>
+__global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STREAMS>)
     forward_held_kernel(const Forward a) {
   using G = Group<32>;
   using Item = std::conditional_t<sizeof(T) == 2, Item16, ItemOf<T>>;
-  constexpr int kUnits = Chunk<T>::kUnits, kElements = Chunk<T>::kElements;
+  using Key = KeyOf<T>;
+  constexpr int kTile = 32 * CHUNKS, kUnits = Chunk<T>::kUnits, kElements = Chunk<T>::kElements;
   constexpr int kPerUnit = kElements / kUnits;
   GROUP_MEMORY(32, group);
   SHARED_ARRAY(int, lists, G::kPerBlock* kHeldList);
@@ -77,90 +82,116 @@ __global__ void __launch_bounds__(Group<32>::kBlock,
   const T* row = row_of<T>(a.logits, n);
   const Whole whole = whole_chunks(row, classes);
   const int head = whole.head, count = whole.count;
-  const auto chunks = reinterpret_cast<const Chunk<T>*>(row + head);
   Target<T> target;
   target.load_index(a, n);
 
-  // of a shorter row the lanes hold fewer chunks, so half of them are there
-  const auto exists = [&](int s) { return s < CHUNKS / 2 || s * 32 + lane < count; };
-  Chunk<T> x[CHUNKS];
-#pragma unroll
-  for (int s = 0; s < CHUNKS; ++s) x[s] = exists(s) ? chunks[s * 32 + lane] : lowest_chunk<T>();
-
-  KeyOf<T> bound = -Order<T>::kInfinity;
-  if (2 * count >= k) {
-    Chunk<T, 2> best;
-#pragma unroll
-    for (int i = 0; i < CHUNKS * kUnits; ++i) {
-      auto& larger = best.unit[i % best.kUnits];
-      const auto unit = x[i / kUnits].unit[i % kUnits];
-      larger = i < best.kUnits ? unit : Packed<T>::max(larger, unit);
-    }
-    const KeyOf<T> keys[] = {Order<T>::key(element_of(best, 0)),
-                             Order<T>::key(element_of(best, 1))};
-    bound = bound_of(group, keys, k, 2, exists(0));
-  }
-  target.load_logit(a, row);
-
-  T limits[kPerUnit];
-  for (T& limit : limits) limit = Order<T>::element_of_key(bound);
-  const auto limit = packed(limits).unit[0];
-  // a bit for each class of the lane: of a word's units, and where they are pairs, of their upper halves
-  constexpr int kWords = (CHUNKS * kElements + 31) / 32, kUnitsOfWord = 32 / kPerUnit;
-  uint32_t reaching[kWords] = {};
-#pragma unroll
-  for (int s = 0; s < CHUNKS; ++s) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      constexpr uint32_t kFirst = kPerUnit == 2 ? 0x10001 : 1;
-      bits |= static_cast<uint32_t>(Packed<T>::not_below(x[s].unit[u], limit)) &
-              kFirst << (s * kUnits + u) % kUnitsOfWord;
-    }
-    if (exists(s)) reaching[s * kUnits / kUnitsOfWord] |= bits;
-  }
-  int mine = 0;
-  for (uint32_t word : reaching) mine += __popc(word);
-  int length;
-  int place = sum_of_lanes_before(mine, lane, length);
-  // the classes before the first and after the last whole chunk
-  const int left = classes - count * kElements;
-  const int edge = lane < head ? lane : lane + count * kElements;
-  uint32_t edges = 0;
-  if (left > 0)
-    edges = __ballot_sync(kAllLanes,
-                          lane < left && Order<T>::key(row[lane < left ? edge : 0]) >= bound);
-
   Item best = last_item<T, Item>();
-  if (length + __popc(edges) <= kHeldList) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      for (uint32_t word = reaching[w]; word != 0; word &= word - 1) {
-        const unsigned bit = __ffs(static_cast<int>(word)) - 1;
-        const unsigned unit = w * kUnitsOfWord + bit % kUnitsOfWord;
-        const unsigned chunk = unit / kUnits * 32 + lane;
-        list[place++] = head + static_cast<int>(chunk * kElements + unit % kUnits * kPerUnit +
-                                                bit / kUnitsOfWord);
-      }
-    }
-    if (edges >> lane & 1) list[length + __popc(edges & ((1u << lane) - 1))] = edge;
-    length += __popc(edges);
-    group.sync();
-    const auto sorted = [&](int begin) {
-      Item item = last_item<T, Item>();
-      if (begin + lane < length) {
-        const int i = list[begin + lane];
-        item = Item::of(Order<T>::key(row[i]), i);
-      }
-      return sort_lanes(item, lane);
-    };
-    best = sorted(0);
+  Key bound = -Order<T>::kInfinity;
+  const int tiles = STREAMS ? (count + kTile - 1) / kTile : 1;
 #pragma unroll 1
-    for (int begin = 32; begin < length; begin += 32) best = merge_lanes(best, sorted(begin), lane);
-  } else {
-    best = best_of_row<T, Item>(row, classes, lane);
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int begin = tile * kTile;
+    const auto chunks = reinterpret_cast<const Chunk<T>*>(row + head) + begin;
+    // of a row that is all of a tile half the chunks are there, or else the lanes would hold fewer
+    const auto exists = [&](int s) {
+      return (!STREAMS && s < CHUNKS / 2) || s * 32 + lane < count - begin;
+    };
+    Chunk<T> x[CHUNKS];
+#pragma unroll
+    for (int s = 0; s < CHUNKS; ++s) x[s] = exists(s) ? chunks[s * 32 + lane] : lowest_chunk<T>();
+
+    // the classes before the first whole chunk, and those after the last
+    const int before = tile == 0 ? head : 0;
+    const int edges = before + (tile == tiles - 1 ? classes - head - count * kElements : 0);
+    const int edge = lane < before ? lane : head + count * kElements + lane - before;
+    // a bit for each class that reaches the bound: of a word's units, and where they are pairs, of their upper halves
+    constexpr int kWords = (CHUNKS * kElements + 31) / 32, kUnitsOfWord = 32 / kPerUnit;
+    uint32_t reaching[kWords];
+    uint32_t reaching_edges;
+    int place, length;
+    // the bound of the tiles before will do, unless more reach it than a list holds
+    for (bool is_raised = tile == 0;; is_raised = true) {
+      if (is_raised && 2 * count >= k) {
+        Chunk<T, 2> largest;
+#pragma unroll
+        for (int i = 0; i < CHUNKS * kUnits; ++i) {
+          auto& larger = largest.unit[i % largest.kUnits];
+          const auto unit = x[i / kUnits].unit[i % kUnits];
+          larger = i < largest.kUnits ? unit : Packed<T>::max(larger, unit);
+        }
+        const Key keys[] = {Order<T>::key(element_of(largest, 0)),
+                            Order<T>::key(element_of(largest, 1))};
+        const Key of_tile = bound_of(group, keys, k, 2, exists(0));
+        bound = tile == 0 || of_tile > bound ? of_tile : bound;
+      }
+      T limits[kPerUnit];
+      for (T& limit : limits) limit = Order<T>::element_of_key(bound);
+      const auto limit = packed(limits).unit[0];
+      int mine = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        reaching[w] = 0;
+#pragma unroll
+        for (int s = w * kUnitsOfWord / kUnits; s < CHUNKS && s * kUnits < (w + 1) * kUnitsOfWord;
+             ++s) {
+          uint32_t bits = 0;
+#pragma unroll
+          for (int u = 0; u < kUnits; ++u) {
+            constexpr uint32_t kFirst = kPerUnit == 2 ? 0x10001 : 1;
+            bits |= static_cast<uint32_t>(Packed<T>::not_below(x[s].unit[u], limit)) &
+                    kFirst << (s * kUnits + u) % kUnitsOfWord;
+          }
+          if (exists(s)) reaching[w] |= bits;
+        }
+        mine += __popc(reaching[w]);
+      }
+      place = sum_of_lanes_before(mine, lane, length);
+      reaching_edges = 0;
+      if (edges > 0) {
+        const T x_edge = row[lane < edges ? edge : 0];
+        reaching_edges = __ballot_sync(kAllLanes, lane < edges && Order<T>::key(x_edge) >= bound);
+      }
+      if (is_raised || length + __popc(reaching_edges) <= kHeldList) break;
+    }
+
+    if (length + __popc(reaching_edges) <= kHeldList) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        for (uint32_t word = reaching[w]; word != 0; word &= word - 1) {
+          const unsigned bit = __ffs(static_cast<int>(word)) - 1;
+          const unsigned unit = w * kUnitsOfWord + bit % kUnitsOfWord;
+          const unsigned chunk = begin + unit / kUnits * 32 + lane;
+          list[place++] = head + static_cast<int>(chunk * kElements + unit % kUnits * kPerUnit +
+                                                  bit / kUnitsOfWord);
+        }
+      }
+      if (reaching_edges >> lane & 1)
+        list[length + __popc(reaching_edges & ((1u << lane) - 1))] = edge;
+      length += __popc(reaching_edges);
+      group.sync();
+      const auto sorted = [&](int from) {
+        Item item = last_item<T, Item>();
+        if (from + lane < length) {
+          const int i = list[from + lane];
+          item = Item::of(Order<T>::key(row[i]), i);
+        }
+        return sort_lanes(item, lane);
+      };
+      if (tile == 0) best = sorted(0);
+#pragma unroll 1
+      for (int from = tile == 0 ? 32 : 0; from < length; from += 32)
+        best = merge_lanes(best, sorted(from), lane);
+      if (STREAMS) group.sync();
+    } else {
+      const int first = tile == 0 ? 0 : head + begin * kElements;
+      const int last = tile == tiles - 1 ? classes : head + (begin + kTile) * kElements;
+      best = best_of_classes(best, row, first, last, lane);
+    }
+    // of later classes only greater ones
+    if (STREAMS) bound = of_lane(best, k - 1).key() + 1;
   }
 
+  target.load_logit(a, row);
   if (lane < k) a.indices[n * a.k + lane] = best.index();
   const auto own = Order<T>::value(best.key());
   list_softmax<StatisticOf<T>, true>(
@@ -170,12 +201,13 @@ __global__ void __launch_bounds__(Group<32>::kBlock,
 
 template <class T> cudaError_t forward_held(const Forward& a, cudaStream_t stream) {
   const int64_t chunks = a.logits.classes / Chunk<T>::kElements;
-  const auto kernel = chunks <= 32    ? forward_held_kernel<T, 1>
-                      : chunks <= 64  ? forward_held_kernel<T, 2>
-                      : chunks <= 128 ? forward_held_kernel<T, 4>
-                      : chunks <= 256 ? forward_held_kernel<T, 8>
-                      : chunks <= 512 ? forward_held_kernel<T, 16>
-                                      : forward_held_kernel<T, 32>;
+  const auto kernel = chunks <= 32     ? forward_held_kernel<T, 1, false>
+                      : chunks <= 64   ? forward_held_kernel<T, 2, false>
+                      : chunks <= 128  ? forward_held_kernel<T, 4, false>
+                      : chunks <= 256  ? forward_held_kernel<T, 8, false>
+                      : chunks <= 512  ? forward_held_kernel<T, 16, false>
+                      : chunks <= 1024 ? forward_held_kernel<T, 32, false>
+                                       : forward_held_kernel<T, 16, true>;
   constexpr int kPerBlock = Group<32>::kPerBlock;
   const auto blocks = static_cast<unsigned>((a.logits.count + kPerBlock - 1) / kPerBlock);
   launch(kernel, dim3(blocks), Group<32>::kBlock, stream, a);
