@@ -219,6 +219,27 @@ class PlifTopkBackward(ctypes.Structure):
     ]
 
 
+class ReduceForward(ctypes.Structure):
+    _fields_ = [
+        ("loss", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("target", "weight")),
+        *((name, ctypes.c_int64) for name in ("rows", "classes", "ignore_index")),
+        ("mean", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("scratch", "reduced", "divisor")),
+    ]
+
+
+class ReduceBackward(ctypes.Structure):
+    _fields_ = [
+        ("dreduced", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("target", "divisor")),
+        *((name, ctypes.c_int64) for name in ("rows", "ignore_index")),
+        ("dloss", ctypes.c_void_p),
+    ]
+
+
 _LAUNCHES = {
     Forward: "topk_ce_forward",
     Backward: "topk_ce_backward",
@@ -236,6 +257,8 @@ _LAUNCHES = {
     PlifCeBackward: "plif_ce_backward",
     PlifTopkForward: "plif_topk_ce_forward",
     PlifTopkBackward: "plif_topk_ce_backward",
+    ReduceForward: "reduce_forward",
+    ReduceBackward: "reduce_backward",
 }
 
 
@@ -243,8 +266,8 @@ _LAUNCHES = {
 def _library() -> ctypes.CDLL:
     kernels = sorted(emulation.KERNELS.glob("*.cu"))
     library = ctypes.CDLL(str(emulation.build(emulation.HEADERS / "emulated.cpp", *kernels)))
-    for name in ("topk_ce_scratch_bytes", "sparse_linear_scratch_bytes"):
-        getattr(library, name).restype = ctypes.c_int64
+    for stem in ("topk_ce", "sparse_linear", "reduce"):
+        getattr(library, f"{stem}_scratch_bytes").restype = ctypes.c_int64
     for stem in ("plif", "plif_ce", "plif_topk_ce"):
         getattr(library, f"{stem}_outside_parts").restype = ctypes.c_int64
     for name in ("kernels_launched", *_LAUNCHES.values()):
@@ -653,6 +676,36 @@ def plif_topk_ce_bwd(
         values.data_ptr(),
     )  # fmt: skip
     return dlogits, *_run_with_sums(arguments, len(slopes), scale, outputs)
+
+
+def reduce_fwd(
+    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, mean: bool
+) -> tuple[Tensor, Tensor]:
+    losses, outputs = loss.contiguous(), _Outputs()
+    reduced, divisor = (outputs.new((), loss.dtype) for _ in range(2))
+    arguments = ReduceForward(
+        losses.data_ptr(), _DTYPES.index(loss.dtype), *map(_pointer, (target, weight)),
+        target.numel(), 0 if weight is None else len(weight), ignore_index, mean, None,
+        *map(_pointer, (reduced, divisor)),
+    )  # fmt: skip
+    scratch = outputs.new((_library().reduce_scratch_bytes(ctypes.byref(arguments)),), torch.uint8)
+    arguments.scratch = scratch.data_ptr()
+    run(arguments)
+    outputs.check()
+    return reduced, divisor
+
+
+def reduce_bwd(dreduced: Tensor, target: Tensor, divisor: Tensor, ignore_index: int) -> Tensor:
+    outputs = _Outputs()
+    dloss = outputs.new(tuple(target.shape), dreduced.dtype)
+    run(
+        ReduceBackward(
+            dreduced.data_ptr(), _DTYPES.index(dreduced.dtype), *map(_pointer, (target, divisor)),
+            target.numel(), ignore_index, dloss.data_ptr(),
+        )
+    )  # fmt: skip
+    outputs.check()
+    return dloss
 
 
 def launched() -> list[str]:

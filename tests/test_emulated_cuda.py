@@ -210,6 +210,44 @@ def test_elements_of_plif_begin_anywhere(begins):
 
 
 @pytest.mark.parametrize(
+    "rows, kernels",
+    [
+        (0, ["forward"]),
+        (16384, ["forward", "backward"]),
+        (16385, ["forward", "join", "backward"]),
+        # blocks take turns, some of them one more, and the last is not whole
+        (4096 * 1024 + 4099, ["forward", "join", "backward"]),
+    ],
+)
+def test_chosen_kernels_of_reduce(rows, kernels):
+    """One launch forward up to 16384 rows, two beyond; one backward. Of whole numbers the sums are
+    exact.
+    """
+    target = torch.arange(rows) % 3
+    loss = (torch.arange(rows) % 5).masked_fill(target == 1, 0).float()
+    weight = torch.tensor([1.0, torch.nan, 3.0])
+    emulated_cuda.launched()
+    reduced, divisor = emulated_cuda.reduce_fwd(loss, target, weight, 1, True)
+    dloss = emulated_cuda.reduce_bwd(torch.tensor(6.0), target, divisor, 1)
+    names = emulated_cuda.launched()
+    assert [re.search(r"reduce_([a-z]+)_kernel<float>", name)[1] for name in names] == kernels
+    expected = (target == 0).sum() + 3 * (target == 2).sum() if rows else torch.tensor(1)
+    assert divisor.double() == expected
+    assert reduced == (loss.double().sum().float() / divisor)
+    assert torch.equal(dloss, torch.where(target == 1, 0, 6 / divisor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_bits_of_reduce_in_any_order_of_threads(dtype):
+    """Which the emulation shuffles anew in every block."""
+    torch.manual_seed(0)
+    loss, target = torch.rand(40_001, dtype=dtype), torch.randint(9, (40_001,))
+    weight = torch.rand(9, dtype=dtype)
+    runs = [emulated_cuda.reduce_fwd(loss, target, weight, 3, True) for _ in range(5)]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize(
     "rows, classes, k",
     [(2**31, 5, 2), (1, 5, 6), (1, 5, 0), (1, 2**31 - 1, 5), (1, 2**30 + 2, 2**30 + 1)],
 )
@@ -283,6 +321,13 @@ def test_sizes_out_of_range_are_refused_by_plif(rows, classes, cells, bound):
     if (rows, classes) == (1, 5):
         assert_refused(emulated_cuda.PlifForward(f, elements=5))
         assert_refused(emulated_cuda.PlifBackward(f, elements=5))
+
+
+def test_what_reduce_refuses():
+    """Losses of 16 bits, and more rows than a grid has."""
+    assert_refused(emulated_cuda.ReduceForward(dtype=1))
+    assert_refused(emulated_cuda.ReduceBackward(dtype=2, rows=1))
+    assert_refused(emulated_cuda.ReduceBackward(rows=2**41))
 
 
 def test_more_elements_of_plif_than_a_grid_has_are_refused():

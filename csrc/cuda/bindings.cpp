@@ -21,6 +21,7 @@
 #include "glue.h"
 #include "labels_ce.h"
 #include "plif.h"
+#include "reduce.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
@@ -361,6 +362,45 @@ Tensor cosine_bwd(const Tensor& dloss, const Tensor& output, const Tensor& targe
   return doutput;
 }
 
+std::tuple<Tensor, Tensor> reduce_fwd(const Tensor& loss, const Tensor& target,
+                                      const std::optional<Tensor>& weight, int64_t ignore_index,
+                                      bool mean) {
+  const c10::DeviceGuard guard(loss.device());
+  const Tensor losses = loss.contiguous();
+  const Tensor reduced = at::empty({}, loss.options()), divisor = at::empty({}, loss.options());
+  cuda::ReduceForward arguments{};
+  arguments.loss = losses.const_data_ptr();
+  arguments.dtype = dtype_of<cuda::Dtype>(loss.scalar_type());
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.weight = pointer(weight);
+  arguments.rows = target.numel();
+  arguments.classes = weight ? weight->numel() : 0;
+  arguments.ignore_index = ignore_index;
+  arguments.mean = mean;
+  const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), loss);
+  arguments.scratch = scratch.data_ptr();
+  arguments.reduced = reduced.data_ptr();
+  arguments.divisor = divisor.data_ptr();
+  check_launch(cuda::forward(arguments, current_stream(loss.device())), target.numel(), " rows");
+  return {reduced, divisor};
+}
+
+Tensor reduce_bwd(const Tensor& dreduced, const Tensor& target, const Tensor& divisor,
+                  int64_t ignore_index) {
+  const c10::DeviceGuard guard(target.device());
+  const Tensor dloss = at::empty(target.sizes(), dreduced.options());
+  cuda::ReduceBackward arguments{};
+  arguments.dreduced = dreduced.const_data_ptr();
+  arguments.dtype = dtype_of<cuda::Dtype>(dreduced.scalar_type());
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.divisor = divisor.const_data_ptr();
+  arguments.rows = target.numel();
+  arguments.ignore_index = ignore_index;
+  arguments.dloss = dloss.data_ptr();
+  check_launch(cuda::backward(arguments, current_stream(target.device())), target.numel(), " rows");
+  return dloss;
+}
+
 }  // namespace
 }  // namespace sparse_ce
 
@@ -382,6 +422,8 @@ TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
   m.impl("sparse_linear_dweight", sparse_ce::sparse_linear_dweight);
   m.impl("cosine_fwd", sparse_ce::cosine_fwd);
   m.impl("cosine_bwd", sparse_ce::cosine_bwd);
+  m.impl("reduce_fwd", sparse_ce::reduce_fwd);
+  m.impl("reduce_bwd", sparse_ce::reduce_bwd);
 }
 
 TORCH_LIBRARY_IMPL(sparse_ce_native, CompositeExplicitAutograd, m) {

@@ -5,6 +5,7 @@
 #include "cosine.h"
 #include "labels_ce.h"
 #include "plif.h"
+#include "reduce.h"
 #include "sparse_linear.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
@@ -85,5 +86,12 @@ extern "C" const char* plif_topk_ce_forward(const PlifTopkForward* a) {
   return error_of([&] { return forward(*a, nullptr); });
 }
 extern "C" const char* plif_topk_ce_backward(const PlifTopkBackward* a) {
+  return error_of([&] { return backward(*a, nullptr); });
+}
+extern "C" int64_t reduce_scratch_bytes(const ReduceForward* a) { return scratch_bytes(*a); }
+extern "C" const char* reduce_forward(const ReduceForward* a) {
+  return error_of([&] { return forward(*a, nullptr); });
+}
+extern "C" const char* reduce_backward(const ReduceBackward* a) {
   return error_of([&] { return backward(*a, nullptr); });
 }
