@@ -20,9 +20,10 @@ import sass
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 RESOURCES = Path(__file__).with_name("cuda_resources.json")
-STEMS = ("topk_ce", "threshold_ce", "labels_ce", "sparse_linear", "cosine", "plif")
-DTYPES = ("bf16", "f16", "f32", "f64")
-FILES = [f"{stem}_{dtype}" for stem in STEMS for dtype in DTYPES]
+STEMS = ("topk_ce", "threshold_ce", "labels_ce", "sparse_linear", "cosine", "plif", "reduce")
+DTYPES = {stem: ("bf16", "f16", "f32", "f64") for stem in STEMS}
+DTYPES["reduce"] = ("f32", "f64")  # it meets losses alone
+FILES = [f"{stem}_{dtype}" for stem in STEMS for dtype in DTYPES[stem]]
 # Warnings of the host's compiler and of nvcc are errors, so are those of ptxas: of a stack frame or
 # of spills, say.
 FLAGS = [
@@ -90,6 +91,7 @@ def streamed(kernel: str) -> tuple[str, ...] | None:
         "labels_backward": (load, store),
         "plif_ce_forward": (load,),
         "plif_ce_backward": (load, store),
+        "reduce_forward": ("LDG.E.64",),  # targets
         # of the two kinds, that for rows of whole chunks
         "gather 1": (load,),
         "piece 1": (load,),
@@ -103,6 +105,8 @@ def at_once(kernel: str) -> dict[str, int]:
     return {
         "plif_forward": {"LDG.E.128": 1, "STG.E.128": 1},
         "plif_backward": {"LDG.E.128": 2, "STG.E.128": 1},
+        # the targets of four rows
+        "reduce_backward": {"LDG.E.64": 4, "STG.E": 4},
     }.get(kernel, {})
 
 
