@@ -81,7 +81,7 @@ for backend in cuda triton; do
     --ignore=tests/test_gpu.py --ignore-glob="*_aot.py"
 done
 # one by one: each takes ten GB or more
-stage "more than 2^31 elements" 60 "${pytest[@]}" tests/test_kernels.py -k "2_31 and (triton-cuda or cuda-cuda)"
+stage "more than 2^31 elements" 60 "${pytest[@]}" tests/test_kernels.py tests/test_reduce.py -k "2_31 and (triton-cuda or cuda-cuda)"
 if [ "$mode" = full ]; then
   stage "all other tests" 600 "${pytest[@]}" "${parallel[@]}" tests --ignore-glob="*_aot.py" \
     -k "not triton-cuda and not cuda-cuda"
@@ -90,7 +90,7 @@ fi
 # Small cases of every kind of kernel. Without torch's cache every tensor is an allocation of its own, with ends.
 [ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
 cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
-cases="$cases or test_lists_of_any_length or test_the_same_bits_again"
+cases="$cases or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
 tools=(memcheck racecheck synccheck)
 [ "$mode" = full ] && tools+=(initcheck)
 command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
@@ -101,7 +101,7 @@ for tool in "${tools[@]}"; do
   [ "$tool" = memcheck ] && backends="triton-cuda or cuda-cuda"
   stage "compute-sanitizer $tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
     --error-exitcode 9 --report-api-errors no "${pytest[@]}" tests/test_kernels.py tests/test_linear.py tests/test_labels.py \
-    tests/test_plif.py -k "($backends) and ($cases)"
+    tests/test_plif.py tests/test_reduce.py -k "($backends) and ($cases)"
   # a virtual machine may keep the debugging interface from it
   if grep -q "Device not supported" "$output"; then
     failed=$before

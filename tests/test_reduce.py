@@ -9,7 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CLASSES = 37
-# Triton: one program up to 16384 rows, beyond it several and one that joins; C++: parts of 4096.
+# On a GPU one program up to 16384 rows, beyond it several and one that joins; on the CPU parts of
+# 4096.
 ROWS = [0, 1, 7, 4097, 16384, 16385, 70001]
 
 
@@ -58,7 +59,9 @@ def test_values(subject, rows, weighted, mean, ignore_index):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
 def test_rows_that_do_not_count(subject, weighted):
-    """All of them: 0 over 1. An upstream NaN reaches no ignored row, a target out of range all."""
+    """All of them: 0 over 1. An upstream NaN reaches no ignored row. A target out of range makes
+    the sum NaN, and has the weight of the nearest class.
+    """
     _, _, weight = problem(subject, (3,), weighted=weighted)
     nan = torch.full((3,), torch.nan, device=subject.device)
     target = torch.full((3,), -100, device=subject.device)
@@ -69,7 +72,8 @@ def test_rows_that_do_not_count(subject, weighted):
         assert dloss.tolist() == [0, 0, 0]
         target_out = torch.tensor([-100, 37, -1], device=subject.device)
         outputs = ops.reduce_fwd(nan, target_out, weight, -100, mean, subject.backend)
-        assert outputs[0].isnan() and outputs[1].isfinite()
+        shares = torch.ones(2) if weight is None else weight[[36, 0]].cpu()
+        assert outputs[0].isnan() and outputs[1].cpu() == (shares.sum() if mean else 1)
 
 
 def test_the_same_bits_on_any_number_of_threads(subject):
@@ -85,6 +89,20 @@ def test_the_same_bits_on_any_number_of_threads(subject):
     assert all(
         torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
     )
+
+
+def test_more_than_2_31_rows(subject):
+    """The last counts, and one in the middle."""
+    if subject.device != "cuda" or torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("26 GB of losses and targets and 9 GB of gradient: only on a large GPU")
+    rows, counted = 2**31 + 5, [2**30 + 3, 2**31 + 4]
+    target = torch.full((rows,), -100, device="cuda")
+    loss = torch.full((rows,), torch.nan, device="cuda")
+    target[counted], loss[counted] = 1, torch.tensor([0.5, 2.0], device="cuda")
+    outputs = ops.reduce_fwd(loss, target, None, -100, True, subject.backend)
+    assert [output.item() for output in outputs] == [1.25, 2]
+    dloss = ops.reduce_bwd(outputs[0], target, outputs[1], -100, subject.backend)
+    assert dloss.nonzero().flatten().tolist() == counted and (dloss[counted] == 0.625).all()
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3)], ids=str)
