@@ -60,8 +60,10 @@ __device__ Item best_of_classes(Item best, const T* row, int first, int last, in
 
 // Blocks that shall find room on a multiprocessor: up to 96 registers per thread, and 128 or 168 where the row takes 64 or 128 of
 // them.
-template <class T, int CHUNKS, bool STREAMS>
-constexpr int kHeldBlocks = CHUNKS == 32 || (STREAMS && sizeof(T) == 8) ? 3 : STREAMS ? 4 : 5;
+template <class T, int CHUNKS, bool STREAMS> constexpr int kHeldBlocks =
+    CHUNKS == 32 || (STREAMS && sizeof(T) == 8) ? 3
+    : STREAMS                                   ? 4
+                                                : 5;
 
 // CHUNKS of a tile per lane; STREAMS if there may be more than one tile.
 template <class T, int CHUNKS, bool STREAMS>
