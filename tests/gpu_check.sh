@@ -16,7 +16,7 @@ log=$out/gpu-check.log
 summary=$out/summary.txt
 : >"$log"
 : >"$summary"
-if [ "$mode" = full ]; then limit=${LIMIT:-5400} longer=6; else limit=${LIMIT:-440} longer=1; fi
+if [ "$mode" = full ]; then limit=${LIMIT:-5400} longer=6; else limit=${LIMIT:-460} longer=1; fi
 failed=0
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
@@ -99,7 +99,7 @@ for tool in "${tools[@]}"; do
   # races in shared memory and barriers of threads: Triton lays out its own
   backends="cuda-cuda"
   [ "$tool" = memcheck ] && backends="triton-cuda or cuda-cuda"
-  stage "compute-sanitizer $tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+  stage "compute-sanitizer $tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
     --error-exitcode 9 --report-api-errors no "${pytest[@]}" tests/test_kernels.py tests/test_linear.py tests/test_labels.py \
     tests/test_plif.py tests/test_reduce.py -k "($backends) and ($cases)"
   # a virtual machine may keep the debugging interface from it
@@ -130,7 +130,7 @@ results=bench/results/$name.json
 # the compiled composition takes a minute to compile
 options=(--dtype bf16 --repeats 10 --provider sparse_ce.cuda sparse_ce.triton cross_entropy composition liger quack)
 [ "$mode" = full ] && options=(--dtype bf16 fp32)
-stage "bench" 90 "$python" -m bench.run --suite floor --device cuda "${options[@]}" --json "$results"
+stage "bench" 100 "$python" -m bench.run --suite floor --device cuda "${options[@]}" --json "$results"
 [ -e "$results" ] && cp "$results" "$out"
 if [ "$mode" = full ]; then
   stage "bench of the output layer" 150 "$python" -m bench.linear --device cuda --dtype bf16 --repeats 20 --json "${results/floor/linear}"
