@@ -85,7 +85,6 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
   const Whole whole = whole_chunks(row, classes);
   const int head = whole.head, count = whole.count;
   Target<T> target;
-  target.load_index(a, n);
 
   Item best = last_item<T, Item>();
   Key bound = -Order<T>::kInfinity;
@@ -156,6 +155,8 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
       if (is_raised || length + __popc(reaching_edges) <= kHeldList) break;
     }
 
+    // only now, as registers are needed no more
+    if (tile == 0) target.load_index(a, n);
     if (length + __popc(reaching_edges) <= kHeldList) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
