@@ -1,16 +1,12 @@
-// Dispatch over dtypes of the output; each is compiled in a file of its own, cosine_<dtype>.cu.
+// The kernels by the dtype of the output: see dtypes.cuh.
 #include "cosine.cuh"
+
+#include "dtypes.cuh"
 
 namespace sparse_ce::cuda {
 
-extern template cudaError_t forward_rows<float>(const CosineForward&, cudaStream_t);
-extern template cudaError_t forward_rows<bfloat16>(const CosineForward&, cudaStream_t);
-extern template cudaError_t forward_rows<float16>(const CosineForward&, cudaStream_t);
-extern template cudaError_t forward_rows<double>(const CosineForward&, cudaStream_t);
-extern template cudaError_t backward_rows<float>(const CosineBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<bfloat16>(const CosineBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<float16>(const CosineBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<double>(const CosineBackward&, cudaStream_t);
+DECLARE_FOR_DTYPES(forward_rows, CosineForward);
+DECLARE_FOR_DTYPES(backward_rows, CosineBackward);
 
 namespace {
 
@@ -24,23 +20,13 @@ bool possible(const Rows& output, Dtype dtype, const Table& table) {
 cudaError_t forward(const CosineForward& a, cudaStream_t stream) {
   if (a.output.count == 0) return cudaSuccess;
   if (!possible(a.output, a.dtype, a.table)) return cudaErrorInvalidValue;
-  switch (a.dtype) {
-    case Dtype::f32: return forward_rows<float>(a, stream);
-    case Dtype::bf16: return forward_rows<bfloat16>(a, stream);
-    case Dtype::f16: return forward_rows<float16>(a, stream);
-    default: return forward_rows<double>(a, stream);
-  }
+  return by_dtype(a.dtype, [&](auto x) { return forward_rows<decltype(x)>(a, stream); });
 }
 
 cudaError_t backward(const CosineBackward& a, cudaStream_t stream) {
   if (a.output.count == 0) return cudaSuccess;
   if (!possible(a.output, a.dtype, a.table)) return cudaErrorInvalidValue;
-  switch (a.dtype) {
-    case Dtype::f32: return backward_rows<float>(a, stream);
-    case Dtype::bf16: return backward_rows<bfloat16>(a, stream);
-    case Dtype::f16: return backward_rows<float16>(a, stream);
-    default: return backward_rows<double>(a, stream);
-  }
+  return by_dtype(a.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
 }
 
 }  // namespace sparse_ce::cuda

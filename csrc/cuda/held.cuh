@@ -1,12 +1,13 @@
-// topk_ce forward for up to 32 classes of at most 8 KB of logits, which a warp holds in its registers from the only look at them to
-// the end. Such a row is bound by instructions, not by memory.
+// topk_ce forward for up to 32 classes of at most 48 KB of logits, which a warp holds in its registers, tile by tile, from the only
+// look at them to the end. Short rows are bound by instructions, not by memory; a row up to 16 KB is one tile.
 //
-//   bound    is found among 64 maxima, two of each lane.
-//   collect  a bit for each class that reaches it; then a list of these in shared memory, of each lane one at a time.
+//   bound    of the first tile: found among 64 maxima, two of each lane. From then on, the k-th of the tiles before.
+//   collect  a bit for each class that reaches it; then a list of these in shared memory.
 //   sort     between registers, 32 at a time: first 32, and with them, as long as more are listed, the next 32 merged.
 //   finish   each lane has the class of its rank.
 //
-// A row with so many ties that the list overflows is read again in the order of the index, 32 classes at a time.
+// Where more reach the bound than a list holds, the maxima of that tile raise it. What are still too many then are ties: the tile is
+// read again in the order of the index, 32 classes at a time.
 #pragma once
 
 #include "list.cuh"
@@ -58,6 +59,70 @@ __device__ Item best_of_classes(Item best, const T* row, int first, int last, in
   return best;
 }
 
+// What a lane holds of a tile of a row, every 32nd chunk, and a bit for each of these classes: of the units of a word, and where
+// they are pairs, of their upper halves.
+template <class T, int CHUNKS> struct Held {
+  using Key = KeyOf<T>;
+  static constexpr int kUnits = Chunk<T>::kUnits, kElements = Chunk<T>::kElements;
+  static constexpr int kPerUnit = kElements / kUnits, kUnitsOfWord = 32 / kPerUnit;
+  static constexpr int kChunksOfWord = kUnitsOfWord / kUnits;
+  static constexpr int kWords = (CHUNKS + kChunksOfWord - 1) / kChunksOfWord;
+  Chunk<T> chunks[CHUNKS];
+  uint32_t reaching[kWords];
+
+  // See bound_of: among the two largest of each lane, of different places.
+  __device__ __forceinline__ Key bound(Group<32>& group, int k, bool has_keys) const {
+    Chunk<T, 2> largest;
+#pragma unroll
+    for (int i = 0; i < CHUNKS * kUnits; ++i) {
+      auto& larger = largest.unit[i % largest.kUnits];
+      const auto unit = chunks[i / kUnits].unit[i % kUnits];
+      larger = i < largest.kUnits ? unit : Packed<T>::max(larger, unit);
+    }
+    const Key keys[] = {Order<T>::key(element_of(largest, 0)),
+                        Order<T>::key(element_of(largest, 1))};
+    return bound_of(group, keys, k, 2, has_keys);
+  }
+
+  // How many of those that exist reach the bound; where it is NaN, all.
+  template <class Exists> __device__ __forceinline__ int look_for(Key bound, Exists exists) {
+    T limits[kPerUnit];
+    for (T& limit : limits) limit = Order<T>::element_of_key(bound);
+    const auto limit = packed(limits).unit[0];
+    int count = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      reaching[w] = 0;
+#pragma unroll
+      for (int s = w * kChunksOfWord; s < CHUNKS && s < (w + 1) * kChunksOfWord; ++s) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          constexpr uint32_t kFirst = kPerUnit == 2 ? 0x10001 : 1;
+          bits |= static_cast<uint32_t>(Packed<T>::not_below(chunks[s].unit[u], limit)) &
+                  kFirst << (s * kUnits + u) % kUnitsOfWord;
+        }
+        if (exists(s)) reaching[w] |= bits;
+      }
+      count += __popc(reaching[w]);
+    }
+    return count;
+  }
+
+  // Their indices, `first` being that of the lane's first class.
+  __device__ __forceinline__ void write_to(Shared<int> list, int place, int first) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      for (uint32_t word = reaching[w]; word != 0; word &= word - 1) {
+        const unsigned bit = __ffs(static_cast<int>(word)) - 1;
+        const unsigned unit = w * kUnitsOfWord + bit % kUnitsOfWord;
+        list[place++] = first + static_cast<int>(unit / kUnits * (32 * kElements) +
+                                                 unit % kUnits * kPerUnit + bit / kUnitsOfWord);
+      }
+    }
+  }
+};
+
 // Blocks that shall find room on a multiprocessor: up to 96 registers per thread, and 128 or 168 where the row takes 64 or 128 of
 // them.
 template <class T, int CHUNKS, bool STREAMS> constexpr int kHeldBlocks =
@@ -71,9 +136,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
     forward_held_kernel(const Forward a) {
   using G = Group<32>;
   using Item = std::conditional_t<sizeof(T) == 2, Item16, ItemOf<T>>;
-  using Key = KeyOf<T>;
-  constexpr int kTile = 32 * CHUNKS, kUnits = Chunk<T>::kUnits, kElements = Chunk<T>::kElements;
-  constexpr int kPerUnit = kElements / kUnits;
+  constexpr int kTile = 32 * CHUNKS, kElements = Chunk<T>::kElements;
   GROUP_MEMORY(32, group);
   SHARED_ARRAY(int, lists, G::kPerBlock* kHeldList);
   const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
@@ -83,11 +146,11 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
   const int classes = static_cast<int>(a.logits.classes);
   const T* row = row_of<T>(a.logits, n);
   const Whole whole = whole_chunks(row, classes);
-  const int head = whole.head, count = whole.count;
+  const int head = whole.head, count = whole.count, tail = head + count * kElements;
   Target<T> target;
 
   Item best = last_item<T, Item>();
-  Key bound = -Order<T>::kInfinity;
+  KeyOf<T> bound = -Order<T>::kInfinity;
   const int tiles = STREAMS ? (count + kTile - 1) / kTile : 1;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
@@ -97,60 +160,28 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
     const auto exists = [&](int s) {
       return (!STREAMS && s < CHUNKS / 2) || s * 32 + lane < count - begin;
     };
-    Chunk<T> x[CHUNKS];
+    Held<T, CHUNKS> held;
 #pragma unroll
-    for (int s = 0; s < CHUNKS; ++s) x[s] = exists(s) ? chunks[s * 32 + lane] : lowest_chunk<T>();
+    for (int s = 0; s < CHUNKS; ++s)
+      held.chunks[s] = exists(s) ? chunks[s * 32 + lane] : lowest_chunk<T>();
 
     // the classes before the first whole chunk, and those after the last
     const int before = tile == 0 ? head : 0;
-    const int edges = before + (tile == tiles - 1 ? classes - head - count * kElements : 0);
-    const int edge = lane < before ? lane : head + count * kElements + lane - before;
-    // a bit for each class that reaches the bound: of a word's units, and where they are pairs, of their upper halves
-    constexpr int kWords = (CHUNKS * kElements + 31) / 32, kUnitsOfWord = 32 / kPerUnit;
-    uint32_t reaching[kWords];
+    const int edges = before + (tile == tiles - 1 ? classes - tail : 0);
+    const int edge = lane < before ? lane : tail + lane - before;
     uint32_t reaching_edges;
     int place, length;
     // the bound of the tiles before will do, unless more reach it than a list holds
     for (bool is_raised = tile == 0;; is_raised = true) {
       if (is_raised && 2 * count >= k) {
-        Chunk<T, 2> largest;
-#pragma unroll
-        for (int i = 0; i < CHUNKS * kUnits; ++i) {
-          auto& larger = largest.unit[i % largest.kUnits];
-          const auto unit = x[i / kUnits].unit[i % kUnits];
-          larger = i < largest.kUnits ? unit : Packed<T>::max(larger, unit);
-        }
-        const Key keys[] = {Order<T>::key(element_of(largest, 0)),
-                            Order<T>::key(element_of(largest, 1))};
-        const Key of_tile = bound_of(group, keys, k, 2, exists(0));
+        const KeyOf<T> of_tile = held.bound(group, k, exists(0));
         bound = tile == 0 || of_tile > bound ? of_tile : bound;
       }
-      T limits[kPerUnit];
-      for (T& limit : limits) limit = Order<T>::element_of_key(bound);
-      const auto limit = packed(limits).unit[0];
-      int mine = 0;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        reaching[w] = 0;
-#pragma unroll
-        for (int s = w * kUnitsOfWord / kUnits; s < CHUNKS && s * kUnits < (w + 1) * kUnitsOfWord;
-             ++s) {
-          uint32_t bits = 0;
-#pragma unroll
-          for (int u = 0; u < kUnits; ++u) {
-            constexpr uint32_t kFirst = kPerUnit == 2 ? 0x10001 : 1;
-            bits |= static_cast<uint32_t>(Packed<T>::not_below(x[s].unit[u], limit)) &
-                    kFirst << (s * kUnits + u) % kUnitsOfWord;
-          }
-          if (exists(s)) reaching[w] |= bits;
-        }
-        mine += __popc(reaching[w]);
-      }
-      place = sum_of_lanes_before(mine, lane, length);
+      place = sum_of_lanes_before(held.look_for(bound, exists), lane, length);
       reaching_edges = 0;
       if (edges > 0) {
-        const T x_edge = row[lane < edges ? edge : 0];
-        reaching_edges = __ballot_sync(kAllLanes, lane < edges && Order<T>::key(x_edge) >= bound);
+        const auto key = Order<T>::key(row[lane < edges ? edge : 0]);
+        reaching_edges = __ballot_sync(kAllLanes, lane < edges && key >= bound);
       }
       if (is_raised || length + __popc(reaching_edges) <= kHeldList) break;
     }
@@ -158,16 +189,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
     // only now, as registers are needed no more
     if (tile == 0) target.load_index(a, n);
     if (length + __popc(reaching_edges) <= kHeldList) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        for (uint32_t word = reaching[w]; word != 0; word &= word - 1) {
-          const unsigned bit = __ffs(static_cast<int>(word)) - 1;
-          const unsigned unit = w * kUnitsOfWord + bit % kUnitsOfWord;
-          const unsigned chunk = begin + unit / kUnits * 32 + lane;
-          list[place++] = head + static_cast<int>(chunk * kElements + unit % kUnits * kPerUnit +
-                                                  bit / kUnitsOfWord);
-        }
-      }
+      held.write_to(list, place, head + (begin + lane) * kElements);
       if (reaching_edges >> lane & 1)
         list[length + __popc(reaching_edges & ((1u << lane) - 1))] = edge;
       length += __popc(reaching_edges);
@@ -203,6 +225,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
 }
 
 template <class T> cudaError_t forward_held(const Forward& a, cudaStream_t stream) {
+  static_assert((kMaxHeldChunks + 1) * Chunk<T>::kElements <= 1 << 16, "an Item16 numbers them");
   const int64_t chunks = a.logits.classes / Chunk<T>::kElements;
   const auto kernel = chunks <= 32     ? forward_held_kernel<T, 1, false>
                       : chunks <= 64   ? forward_held_kernel<T, 2, false>

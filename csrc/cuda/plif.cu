@@ -1,43 +1,18 @@
-// Dispatch over dtypes; each is compiled in a file of its own, plif_<dtype>.cu.
+// The kernels by dtype: see dtypes.cuh.
 #include "plif.cuh"
+
+#include "dtypes.cuh"
 
 namespace sparse_ce::cuda {
 
-extern template cudaError_t forward_rows<float>(const PlifForward&, cudaStream_t);
-extern template cudaError_t forward_rows<bfloat16>(const PlifForward&, cudaStream_t);
-extern template cudaError_t forward_rows<float16>(const PlifForward&, cudaStream_t);
-extern template cudaError_t forward_rows<double>(const PlifForward&, cudaStream_t);
-extern template cudaError_t backward_rows<float>(const PlifBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<bfloat16>(const PlifBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<float16>(const PlifBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<double>(const PlifBackward&, cudaStream_t);
-extern template cudaError_t forward_rows<float>(const PlifCeForward&, cudaStream_t);
-extern template cudaError_t forward_rows<bfloat16>(const PlifCeForward&, cudaStream_t);
-extern template cudaError_t forward_rows<float16>(const PlifCeForward&, cudaStream_t);
-extern template cudaError_t forward_rows<double>(const PlifCeForward&, cudaStream_t);
-extern template cudaError_t backward_rows<float>(const PlifCeBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<bfloat16>(const PlifCeBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<float16>(const PlifCeBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<double>(const PlifCeBackward&, cudaStream_t);
-extern template cudaError_t forward_rows<float>(const PlifTopkForward&, cudaStream_t);
-extern template cudaError_t forward_rows<bfloat16>(const PlifTopkForward&, cudaStream_t);
-extern template cudaError_t forward_rows<float16>(const PlifTopkForward&, cudaStream_t);
-extern template cudaError_t forward_rows<double>(const PlifTopkForward&, cudaStream_t);
-extern template cudaError_t backward_rows<float>(const PlifTopkBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<bfloat16>(const PlifTopkBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<float16>(const PlifTopkBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<double>(const PlifTopkBackward&, cudaStream_t);
+DECLARE_FOR_DTYPES(forward_rows, PlifForward);
+DECLARE_FOR_DTYPES(backward_rows, PlifBackward);
+DECLARE_FOR_DTYPES(forward_rows, PlifCeForward);
+DECLARE_FOR_DTYPES(backward_rows, PlifCeBackward);
+DECLARE_FOR_DTYPES(forward_rows, PlifTopkForward);
+DECLARE_FOR_DTYPES(backward_rows, PlifTopkBackward);
 
 namespace {
-
-template <class Start> auto by_dtype(Dtype dtype, Start start) {
-  switch (dtype) {
-    case Dtype::f32: return start(float{});
-    case Dtype::bf16: return start(bfloat16{});
-    case Dtype::f16: return start(float16{});
-    default: return start(double{});
-  }
-}
 
 int64_t elements_of_block(Dtype dtype) {
   return by_dtype(dtype, [](auto x) { return kElementsOfBlock<decltype(x)>; });

@@ -1,16 +1,12 @@
-// Dispatch over dtypes of what is summed; each is compiled in a file of its own, sparse_linear_<dtype>.cu.
+// The kernels by the dtype of what is summed: see dtypes.cuh.
 #include "sparse_linear.cuh"
+
+#include "dtypes.cuh"
 
 namespace sparse_ce::cuda {
 
-extern template cudaError_t gather_rows<float>(const Gather&, cudaStream_t);
-extern template cudaError_t gather_rows<bfloat16>(const Gather&, cudaStream_t);
-extern template cudaError_t gather_rows<float16>(const Gather&, cudaStream_t);
-extern template cudaError_t gather_rows<double>(const Gather&, cudaStream_t);
-extern template cudaError_t segment_rows<float>(const Segments&, cudaStream_t);
-extern template cudaError_t segment_rows<bfloat16>(const Segments&, cudaStream_t);
-extern template cudaError_t segment_rows<float16>(const Segments&, cudaStream_t);
-extern template cudaError_t segment_rows<double>(const Segments&, cudaStream_t);
+DECLARE_FOR_DTYPES(gather_rows, Gather);
+DECLARE_FOR_DTYPES(segment_rows, Segments);
 
 namespace {
 
@@ -31,23 +27,13 @@ cudaError_t gather(const Gather& a, cudaStream_t stream) {
   if (a.tokens == 0 || a.width == 0) return cudaSuccess;
   if (!possible(a.tokens, a.tokens * a.m, a.m, a.source_dtype, a.out_dtype))
     return cudaErrorInvalidValue;
-  switch (a.source_dtype) {
-    case Dtype::f32: return gather_rows<float>(a, stream);
-    case Dtype::bf16: return gather_rows<bfloat16>(a, stream);
-    case Dtype::f16: return gather_rows<float16>(a, stream);
-    default: return gather_rows<double>(a, stream);
-  }
+  return by_dtype(a.source_dtype, [&](auto x) { return gather_rows<decltype(x)>(a, stream); });
 }
 
 cudaError_t add_segments(const Segments& a, cudaStream_t stream) {
   if (a.classes == 0 || a.width == 0) return cudaSuccess;
   if (!possible(a.classes, a.pairs, a.m, a.source_dtype, a.out_dtype)) return cudaErrorInvalidValue;
-  switch (a.source_dtype) {
-    case Dtype::f32: return segment_rows<float>(a, stream);
-    case Dtype::bf16: return segment_rows<bfloat16>(a, stream);
-    case Dtype::f16: return segment_rows<float16>(a, stream);
-    default: return segment_rows<double>(a, stream);
-  }
+  return by_dtype(a.source_dtype, [&](auto x) { return segment_rows<decltype(x)>(a, stream); });
 }
 
 }  // namespace sparse_ce::cuda

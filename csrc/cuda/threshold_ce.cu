@@ -1,38 +1,24 @@
-// Dispatch over dtypes; each is compiled in a file of its own, threshold_ce_<dtype>.cu.
+// The kernels by dtype: see dtypes.cuh.
 #include "threshold_ce.cuh"
+
+#include "dtypes.cuh"
 
 namespace sparse_ce::cuda {
 
-extern template cudaError_t forward_rows<float>(const ThresholdForward&, cudaStream_t);
-extern template cudaError_t forward_rows<bfloat16>(const ThresholdForward&, cudaStream_t);
-extern template cudaError_t forward_rows<float16>(const ThresholdForward&, cudaStream_t);
-extern template cudaError_t forward_rows<double>(const ThresholdForward&, cudaStream_t);
-extern template cudaError_t backward_rows<float>(const ThresholdBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<bfloat16>(const ThresholdBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<float16>(const ThresholdBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<double>(const ThresholdBackward&, cudaStream_t);
+DECLARE_FOR_DTYPES(forward_rows, ThresholdForward);
+DECLARE_FOR_DTYPES(backward_rows, ThresholdBackward);
 
 cudaError_t forward(const ThresholdForward& a, cudaStream_t stream) {
   if (a.logits.count == 0) return cudaSuccess;
   if (!in_range(a.logits.count, a.logits.classes) || a.k < 1 || a.k > a.logits.classes)
     return cudaErrorInvalidValue;
-  switch (a.dtype) {
-    case Dtype::f32: return forward_rows<float>(a, stream);
-    case Dtype::bf16: return forward_rows<bfloat16>(a, stream);
-    case Dtype::f16: return forward_rows<float16>(a, stream);
-    default: return forward_rows<double>(a, stream);
-  }
+  return by_dtype(a.dtype, [&](auto x) { return forward_rows<decltype(x)>(a, stream); });
 }
 
 cudaError_t backward(const ThresholdBackward& a, cudaStream_t stream) {
   if (a.logits.count == 0) return cudaSuccess;
   if (!in_range(a.logits.count, a.logits.classes)) return cudaErrorInvalidValue;
-  switch (a.dtype) {
-    case Dtype::f32: return backward_rows<float>(a, stream);
-    case Dtype::bf16: return backward_rows<bfloat16>(a, stream);
-    case Dtype::f16: return backward_rows<float16>(a, stream);
-    default: return backward_rows<double>(a, stream);
-  }
+  return by_dtype(a.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
 }
 
 }  // namespace sparse_ce::cuda

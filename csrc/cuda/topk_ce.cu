@@ -1,17 +1,13 @@
-// Dispatch over dtypes; each is compiled in a file of its own, topk_ce_<dtype>.cu.
+// The kernels by dtype: see dtypes.cuh.
 #include "topk_ce.cuh"
+
+#include "dtypes.cuh"
 #include "topk_ce.h"
 
 namespace sparse_ce::cuda {
 
-extern template cudaError_t forward_rows<float>(const Forward&, cudaStream_t);
-extern template cudaError_t forward_rows<bfloat16>(const Forward&, cudaStream_t);
-extern template cudaError_t forward_rows<float16>(const Forward&, cudaStream_t);
-extern template cudaError_t forward_rows<double>(const Forward&, cudaStream_t);
-extern template cudaError_t backward_rows<float>(const Backward&, cudaStream_t);
-extern template cudaError_t backward_rows<bfloat16>(const Backward&, cudaStream_t);
-extern template cudaError_t backward_rows<float16>(const Backward&, cudaStream_t);
-extern template cudaError_t backward_rows<double>(const Backward&, cudaStream_t);
+DECLARE_FOR_DTYPES(forward_rows, Forward);
+DECLARE_FOR_DTYPES(backward_rows, Backward);
 
 int64_t scratch_bytes(const Forward& a) {
   if (!in_range(a.logits.count, a.logits.classes, a.k)) return 0;
@@ -24,23 +20,13 @@ int64_t scratch_bytes(const Forward& a) {
 cudaError_t forward(const Forward& a, cudaStream_t stream) {
   if (a.logits.count == 0) return cudaSuccess;
   if (!in_range(a.logits.count, a.logits.classes, a.k)) return cudaErrorInvalidValue;
-  switch (a.dtype) {
-    case Dtype::f32: return forward_rows<float>(a, stream);
-    case Dtype::bf16: return forward_rows<bfloat16>(a, stream);
-    case Dtype::f16: return forward_rows<float16>(a, stream);
-    default: return forward_rows<double>(a, stream);
-  }
+  return by_dtype(a.dtype, [&](auto x) { return forward_rows<decltype(x)>(a, stream); });
 }
 
 cudaError_t backward(const Backward& a, cudaStream_t stream) {
   if (a.count == 0) return cudaSuccess;
   if (!in_range(a.count, a.classes, a.k)) return cudaErrorInvalidValue;
-  switch (a.dtype) {
-    case Dtype::f32: return backward_rows<float>(a, stream);
-    case Dtype::bf16: return backward_rows<bfloat16>(a, stream);
-    case Dtype::f16: return backward_rows<float16>(a, stream);
-    default: return backward_rows<double>(a, stream);
-  }
+  return by_dtype(a.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
 }
 
 }  // namespace sparse_ce::cuda
