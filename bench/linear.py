@@ -266,7 +266,7 @@ def measure(
     bare: list[float] = []
 
     def bare_product() -> None:
-        bare.append(clock(lambda: torch.mm(left, right, out=out)))
+        bare.append(clock(lambda: torch.mm(left, right, out=out)).ms)
 
     racing = take_turns(entrants, clock, rounds, seconds, bare_product)
     return {

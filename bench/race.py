@@ -10,9 +10,10 @@ percentile of each pass:
   backward           loss.backward() alone
 
 Before each timing on a GPU a large buffer is overwritten, which empties the cache, and the GPU then
-waits for a while, so that the host runs ahead: what is timed is the GPU, not the host. Peak memory
-is the most that a pass holds beyond what it was given: on a GPU the allocator's maximum, on the CPU
-from the allocations that torch's profiler records, which are those of torch's allocator.
+waits for a while, so that the host runs ahead: what is timed is the GPU, not the host. "host ms" is
+what the host takes for the same, and the least that a small problem takes. Peak memory is the most
+that a pass holds beyond what it was given: on a GPU the allocator's maximum, on the CPU from the
+allocations that torch's profiler records, which are those of torch's allocator.
 """
 
 import argparse
@@ -49,6 +50,16 @@ FLUSH_BYTES = 1 << 29  # several times the cache of any GPU
 WAIT_CYCLES = 4_000_000  # of a GPU, two milliseconds: more than the host takes for a step
 
 Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Time:
+    """Of one run, in milliseconds."""
+
+    ms: float
+    host_ms: float  # until the host may go on: on the CPU the same
+
+
 # name of a pass -> what makes it ready, off the clock, and gives what is timed
 Passes = dict[str, Callable[[], Run]]
 
@@ -74,6 +85,7 @@ class Entrant:
     more: dict[str, Any] = field(default_factory=dict)  # what one bench alone finds
     peak: dict[str, int] = field(default_factory=dict)  # pass -> bytes
     samples: dict[str, list[float]] = field(default_factory=dict)  # pass -> milliseconds
+    host: dict[str, list[float]] = field(default_factory=dict)  # the same of the host
     passes: Passes = field(default_factory=dict)
     leaves: Sequence[Tensor] = ()  # whose gradients the passes make
 
@@ -100,6 +112,7 @@ class Entrant:
             "passes": {
                 name: {
                     **{f"{point}_ms": value for point, value in spread(times).items()},
+                    "host_ms": spread(self.host[name])["median"],
                     "peak_bytes": self.peak[name],
                     "samples_ms": times,
                 }
@@ -149,7 +162,7 @@ def admit(
 
 def take_turns(
     entrants: Iterable[Entrant],
-    clock: Callable[[Run], float],
+    clock: Callable[[Run], Time],
     rounds: int,
     seconds: float,
     between: Callable[[], object] = lambda: None,
@@ -167,8 +180,9 @@ def take_turns(
         for entrant in racing[first:] + racing[:first]:
             spent = sum(map(sum, entrant.samples.values())) / 1e3
             if turn < LEAST_ROUNDS or spent < seconds:
-                for name, milliseconds in entrant.each_pass(clock).items():
-                    entrant.samples.setdefault(name, []).append(milliseconds)
+                for name, time_of_pass in entrant.each_pass(clock).items():
+                    entrant.samples.setdefault(name, []).append(time_of_pass.ms)
+                    entrant.host.setdefault(name, []).append(time_of_pass.host_ms)
     gc.enable()
     return racing
 
@@ -215,8 +229,8 @@ def peak_memory(device: torch.device, run: Run) -> int:
     return highest
 
 
-def stopwatch(device: torch.device) -> Callable[[Run], float]:
-    """Milliseconds of one run: wall time on the CPU, events on a GPU."""
+def stopwatch(device: torch.device) -> Callable[[Run], Time]:
+    """One run: wall time on the CPU, events on a GPU."""
 
     def wall(run: Run) -> float:
         start = time.perf_counter()
@@ -225,18 +239,22 @@ def stopwatch(device: torch.device) -> Callable[[Run], float]:
         del result  # freed off the clock
         return 1e3 * (stop - start)
 
-    def events(run: Run) -> float:
+    def walls(run: Run) -> Time:
+        ms = wall(run)
+        return Time(ms, ms)
+
+    def events(run: Run) -> Time:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         torch.cuda._sleep(WAIT_CYCLES)
         begin.record()
-        run()
+        host_ms = wall(run)
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        return Time(begin.elapsed_time(end), host_ms)
 
     if device.type == "cpu":
-        return wall
+        return walls
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     return events
 
@@ -246,7 +264,10 @@ def show(
     columns: Mapping[str, Callable[[dict[str, Any], dict[str, Any]], str]] | None = None,
 ) -> None:
     """Rows as Entrant.row gives them. A column beyond the usual: (row, pass) -> its text."""
-    columns = columns or {}
+    columns = dict(columns or {})
+    passes = [p for row in rows if row["status"] == "ok" for p in row["passes"].values()]
+    if any(p["host_ms"] != p["median_ms"] for p in passes):
+        columns["host ms"] = lambda row, p: f"{p['host_ms']:.3f}"
     titles = ("ms", "p20", "p80", "peak MB", *columns)
     print(f"  {'provider':<29}{'loss':<9}{'pass':<17}", *(f"{title:>9}" for title in titles))
     for row in rows:

@@ -119,7 +119,7 @@ def measure(
 
     def probe() -> None:
         for way, times in ways:
-            times.append(clock(way.run))
+            times.append(clock(way.run).ms)
 
     racing = take_turns(entrants, clock, rounds, seconds, probe)
     rates: dict[str, float] = {}

@@ -180,10 +180,16 @@ def test_who_takes_turns():
     quick, slow, wrong = (Entrant(name, passes={"step": lambda n=name: n}) for name in milliseconds)
     wrong.status = "wrong"
     rounds = []
-    clock, between = milliseconds.get, lambda: rounds.append(1)
-    racing = race.take_turns((quick, slow, wrong), clock, 6, seconds=5, between=between)
+
+    def clock(name):
+        return race.Time(milliseconds[name], host_ms=0.5)
+
+    racing = race.take_turns(
+        (quick, slow, wrong), clock, 6, seconds=5, between=lambda: rounds.append(1)
+    )
     assert racing == [quick, slow] and len(rounds) == 6
     assert [len(entrant.samples["step"]) for entrant in racing] == [6, 4]
+    assert quick.host == {"step": [0.5] * 6}
     assert not wrong.samples
 
 
