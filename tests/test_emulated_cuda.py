@@ -21,7 +21,9 @@ pytestmark = pytest.mark.interpreter
 # chunks of a lane
 SHORT_128 = "short 128 16 1024"
 CHOSEN = [
-    (torch.bfloat16, 5, 40, 32, ["held 1 false"]),
+    (torch.bfloat16, 5, 128, 32, ["few"]),
+    (torch.float64, 5, 32, 32, ["few"]),
+    (torch.bfloat16, 5, 129, 32, ["held 1 false"]),
     (torch.bfloat16, 5, 263, 32, ["held 1 false"]),
     (torch.bfloat16, 5, 264, 32, ["held 2 false"]),
     (torch.bfloat16, 5, 1031, 32, ["held 4 false"]),
@@ -54,12 +56,11 @@ def test_chosen_kernels(dtype, rows, classes, k, kernels):
     logits = torch.randn(1, classes).to(dtype).expand(rows, -1)
     emulated_cuda.launched()
     outputs = emulated_cuda.topk_ce_fwd(logits, torch.zeros(rows, dtype=torch.int64), None, k, 0.0)
-    names = [
-        " ".join(
-            re.search(r"forward_([a-z]+)_kernel<\S+, (.*?)>", name).expand(r"\1 \2").split(", ")
-        )
+    found = [
+        re.search(r"forward_([a-z]+)_kernel<[^,>]+(.*?)>", name)
         for name in emulated_cuda.launched()
     ]
+    names = ["".join(match.groups()).replace(",", "") for match in found]
     assert names == kernels
     expected = logits[0].double().sort(descending=True, stable=True).indices[:k]
     assert (outputs[2] == expected).all()

@@ -1,5 +1,6 @@
 // topk_ce forward for up to 32 classes of at most 48 KB of logits, which a warp holds in its registers, tile by tile, from the only
-// look at them to the end. Short rows are bound by instructions, not by memory; a row up to 16 KB is one tile.
+// look at them to the end. Short rows are bound by instructions, not by memory; a row up to 16 KB is one tile, and one of few
+// classes is sorted as it is.
 //
 //   bound    of the first tile: found among 64 maxima, two of each lane. From then on, the k-th of the tiles before.
 //   collect  a bit for each class that reaches it; then a list of these in shared memory.
@@ -57,6 +58,50 @@ __device__ Item best_of_classes(Item best, const T* row, int first, int last, in
       best = merge_lanes(best, sort_lanes(more, lane), lane);
   }
   return best;
+}
+
+// Everything that forward returns, each lane having the class of its rank.
+template <class T, class Item>
+__device__ __forceinline__ void finish_lanes(Group<32>& group, const Forward& a, int64_t n,
+                                             const T* row, Target<T> target, Item best) {
+  target.load_logit(a, row);
+  if (group.rank < a.k) a.indices[n * a.k + group.rank] = best.index();
+  const auto own = Order<T>::value(best.key());
+  list_softmax<StatisticOf<T>, true>(
+      group, a, n, [&](int) { return own; }, of_lane(own, 0), target.index,
+      number_of(target.logit));
+}
+
+template <class T> using HeldItem = std::conditional_t<sizeof(T) == 2, Item16, ItemOf<T>>;
+
+// So few classes are all sorted.
+constexpr int kMaxFew = 128;
+
+template <class T>
+__global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlock))
+    forward_few_kernel(const Forward a) {
+  using G = Group<32>;
+  using Item = HeldItem<T>;
+  GROUP_MEMORY(32, group);
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  if (n >= a.logits.count) return;
+  const int lane = group.rank, classes = static_cast<int>(a.logits.classes);
+  const T* row = row_of<T>(a.logits, n);
+  Target<T> target;
+  target.load_index(a, n);
+  T x[kMaxFew / 32];
+#pragma unroll
+  for (int s = 0; s < kMaxFew / 32; ++s) x[s] = s * 32 + lane < classes ? row[s * 32 + lane] : T{};
+  Item best;
+#pragma unroll
+  for (int s = 0; s < kMaxFew / 32; ++s) {
+    const int i = s * 32 + lane;
+    if (s > 0 && s * 32 >= classes) break;
+    const Item more =
+        sort_lanes(i < classes ? Item::of(Order<T>::key(x[s]), i) : last_item<T, Item>(), lane);
+    best = s == 0 ? more : merge_lanes(best, more, lane);
+  }
+  finish_lanes(group, a, n, row, target, best);
 }
 
 // What a lane holds of a tile of a row, every 32nd chunk, and a bit for each of these classes: of the units of a word, and where
@@ -135,7 +180,7 @@ template <class T, int CHUNKS, bool STREAMS>
 __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STREAMS>)
     forward_held_kernel(const Forward a) {
   using G = Group<32>;
-  using Item = std::conditional_t<sizeof(T) == 2, Item16, ItemOf<T>>;
+  using Item = HeldItem<T>;
   constexpr int kTile = 32 * CHUNKS, kElements = Chunk<T>::kElements;
   GROUP_MEMORY(32, group);
   SHARED_ARRAY(int, lists, G::kPerBlock* kHeldList);
@@ -216,24 +261,20 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
     if (STREAMS) bound = of_lane(best, k - 1).key() + 1;
   }
 
-  target.load_logit(a, row);
-  if (lane < k) a.indices[n * a.k + lane] = best.index();
-  const auto own = Order<T>::value(best.key());
-  list_softmax<StatisticOf<T>, true>(
-      group, a, n, [&](int) { return own; }, of_lane(own, 0), target.index,
-      number_of(target.logit));
+  finish_lanes(group, a, n, row, target, best);
 }
 
 template <class T> cudaError_t forward_held(const Forward& a, cudaStream_t stream) {
   static_assert((kMaxHeldChunks + 1) * Chunk<T>::kElements <= 1 << 16, "an Item16 numbers them");
   const int64_t chunks = a.logits.classes / Chunk<T>::kElements;
-  const auto kernel = chunks <= 32     ? forward_held_kernel<T, 1, false>
-                      : chunks <= 64   ? forward_held_kernel<T, 2, false>
-                      : chunks <= 128  ? forward_held_kernel<T, 4, false>
-                      : chunks <= 256  ? forward_held_kernel<T, 8, false>
-                      : chunks <= 512  ? forward_held_kernel<T, 16, false>
-                      : chunks <= 1024 ? forward_held_kernel<T, 32, false>
-                                       : forward_held_kernel<T, 16, true>;
+  const auto kernel = a.logits.classes <= kMaxFew ? forward_few_kernel<T>
+                      : chunks <= 32              ? forward_held_kernel<T, 1, false>
+                      : chunks <= 64              ? forward_held_kernel<T, 2, false>
+                      : chunks <= 128             ? forward_held_kernel<T, 4, false>
+                      : chunks <= 256             ? forward_held_kernel<T, 8, false>
+                      : chunks <= 512             ? forward_held_kernel<T, 16, false>
+                      : chunks <= 1024            ? forward_held_kernel<T, 32, false>
+                                                  : forward_held_kernel<T, 16, true>;
   constexpr int kPerBlock = Group<32>::kPerBlock;
   const auto blocks = static_cast<unsigned>((a.logits.count + kPerBlock - 1) / kPerBlock);
   launch(kernel, dim3(blocks), Group<32>::kBlock, stream, a);
