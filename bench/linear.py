@@ -72,7 +72,7 @@ class Provider:
     unavailable: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     ours: bool = False
     loss: str = "top-k"
-    slack: float = 1  # tolerances that it is allowed
+    slack: float = 1  # tolerances that its gradients are allowed
 
 
 def _ours(backend: str, backward: str) -> Provider:
@@ -233,8 +233,11 @@ def enter(
     # the error of the one number that the plain loss is may be small by chance
     rounding = torch.finfo(case.hidden.dtype).eps
     floor = {"loss": max(rounding, plain["loss"])}
-    allowance = {name: 2 * error + 1e-6 for name, error in (plain | floor).items()}
-    return {name: error / allowance[name] / provider.slack for name, error in errors.items()}
+    slack = {"loss": 1.0, "dhidden": provider.slack, "dweight": provider.slack}
+    return {
+        name: error / (slack[name] * (2 * (plain | floor)[name] + 1e-6))
+        for name, error in errors.items()
+    }
 
 
 def measure(

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlo
   const int64_t n = static_cast<int64_t>(blockIdx.x) * Group<32>::kPerBlock + group.number;
   if (n >= a.output.count) return;
   const int64_t target = a.target[n];
-  const bool hit = target >= 0 && target < a.table.vectors;
+  const bool hit = is_class(target, a.table.vectors);
 
   S cc = 0, ee = 0, ce = 0;
   if (hit)
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlo
   T* out = static_cast<T*>(a.doutput) + n * a.output.classes;
 
   // what is not counted stays 0 where the output is NaN
-  if (dloss == 0 || by_target == 0 || target < 0 || target >= a.table.vectors) {
+  if (dloss == 0 || by_target == 0 || !is_class(target, a.table.vectors)) {
     const S zeros[N] = {};
     for (int column = group.rank * N; column < width; column += 32 * N) write(out + column, zeros);
     return;
@@ -194,10 +194,6 @@ cudaError_t start_for(const Rows& output, const Table& table, Start start) {
     }
   }
   return cudaGetLastError();
-}
-
-inline dim3 warps_for(int64_t rows) {
-  return dim3(static_cast<unsigned>((rows - 1) / Group<32>::kPerBlock + 1));
 }
 
 template <class T> cudaError_t forward_rows(const CosineForward& a, cudaStream_t stream) {

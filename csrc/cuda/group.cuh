@@ -38,6 +38,12 @@ template <class V> __device__ __forceinline__ V across(V x, int bits) {
   return by_words(x, [&](auto word) { return __shfl_xor_sync(kAllLanes, word, bits); });
 }
 
+// Of all lanes, a tree.
+template <class V, class Combine> __device__ __forceinline__ V reduce_lanes(V x, Combine combine) {
+  for (int distance = 16; distance > 0; distance /= 2) x = combine(x, across(x, distance));
+  return x;
+}
+
 // Of the lanes before this one; and of all.
 __device__ __forceinline__ int sum_of_lanes_before(int x, int lane, int& all) {
   int sum = x;
@@ -77,9 +83,7 @@ template <int THREADS> class Group {
   // The same result in every thread, from the same order of operations in every run. One barrier: the slots are used in
   // turns, and nobody writes to a slot again before all have passed the barrier of the other.
   template <class V, class Combine> __device__ V reduce(V x, Combine combine) {
-    for (int distance = 16; distance > 0; distance /= 2)
-      x = combine(x, __shfl_xor_sync(kAllLanes, x, distance));
-    return across_warps(x, combine);
+    return across_warps(reduce_lanes(x, combine), combine);
   }
 
   __device__ int sum(int x) {
@@ -168,5 +172,10 @@ template <int THREADS> class Group {
   Shared<int> length_;
   int turn_ = 0;
 };
+
+// The blocks of so many groups of a warp, which are not none.
+inline dim3 warps_for(int64_t rows) {
+  return dim3(static_cast<unsigned>((rows - 1) / Group<32>::kPerBlock + 1));
+}
 
 }  // namespace sparse_ce::cuda

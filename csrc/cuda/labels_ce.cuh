@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 template <class T> cudaError_t forward_rows(const LabelsForward& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.logits.count);
   if (is_short<T>(a.logits.classes))
-    launch(labels_forward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
+    launch(labels_forward_kernel<T, 32>, warps_for(rows), 128, stream, a);
   else
     launch(labels_forward_kernel<T, 256>, dim3(rows), 256, stream, a);
   return cudaGetLastError();
@@ -280,7 +280,7 @@ template <class T> cudaError_t forward_rows(const LabelsForward& a, cudaStream_t
 template <class T> cudaError_t backward_rows(const LabelsBackward& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.logits.count);
   if (is_short<T>(a.logits.classes))
-    launch(labels_backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
+    launch(labels_backward_kernel<T, 32>, warps_for(rows), 128, stream, a);
   else
     launch(labels_backward_kernel<T, 256>,
            dim3(rows, parts_of_gradient<T>(a.logits.count, a.logits.classes)), 256, stream, a);

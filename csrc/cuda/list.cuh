@@ -3,7 +3,7 @@
 #pragma once
 
 #include "group.cuh"
-#include "order.cuh"
+#include "rows.cuh"
 #include "topk_ce.h"
 
 namespace sparse_ce::cuda {
@@ -20,14 +20,9 @@ __device__ __forceinline__ void for_each_rank(const Group<THREADS>& group, int k
   }
 }
 
-// By its bits: gaming cards compare float64 in the time of 32 other instructions.
+// By its bits: gaming cards have few units that compare float64.
 __device__ __forceinline__ bool is_smooth(double label_smoothing) {
   return bit_cast<int64_t>(label_smoothing) != 0;
-}
-
-// A target that is ignored is no class.
-__device__ __forceinline__ bool is_class(int64_t target, int64_t classes) {
-  return static_cast<uint64_t>(target) < static_cast<uint64_t>(classes);
 }
 
 // Loss, log-sum-exp and probabilities from the logits of the list, value(rank) in their order, the largest of them, and the

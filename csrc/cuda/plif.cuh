@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   const auto weight = static_cast<const S*>(a.weight);
   const S smoothing = static_cast<S>(a.label_smoothing);
   const int64_t target = a.target[n];
-  const bool hit = target >= 0 && target < a.logits.classes;
+  const bool hit = is_class(target, a.logits.classes);
 
   const Softmax<S> softmax = softmax_of(group, row, classes, f);
   const S row_max = softmax.largest;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
   const S log_sum = static_cast<const S*>(a.log_sum)[n];
 
   // of a row with one class the loss is 0
-  const bool hit = a.target[n] >= 0 && a.target[n] < a.logits.classes && classes > 1;
+  const bool hit = is_class(a.target[n], a.logits.classes) && classes > 1;
   const int target = hit ? static_cast<int>(a.target[n]) : -1;
   const S dloss = a.dloss && hit ? static_cast<const S*>(a.dloss)[n] : S{0};
   const S at_target = dloss * (1 - smoothing) * (weight && hit ? weight[target] : S{1});
@@ -361,7 +361,7 @@ template <class T> cudaError_t forward_rows(const PlifCeForward& a, cudaStream_t
   const auto rows = static_cast<unsigned>(a.logits.count);
   const Link<StatisticOf<T>> f(a.f);
   if (is_short<T>(a.logits.classes))
-    launch(plif_ce_forward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a, f);
+    launch(plif_ce_forward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
   else
     launch(plif_ce_forward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
   return cudaGetLastError();
@@ -371,7 +371,7 @@ template <class T> cudaError_t backward_rows(const PlifCeBackward& a, cudaStream
   const auto rows = static_cast<unsigned>(a.logits.count);
   const Link<StatisticOf<T>> f(a.f);
   if (is_short<T>(a.logits.classes))
-    launch(plif_ce_backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a, f);
+    launch(plif_ce_backward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
   else
     launch(plif_ce_backward_kernel<T, 256>,
            dim3(rows, parts_of_gradient<T>(a.logits.count, a.logits.classes)), 256, stream, a, f);
@@ -385,7 +385,7 @@ template <class T> cudaError_t forward_rows(const PlifTopkForward& a, cudaStream
   const auto rows = static_cast<unsigned>(a.list.logits.count);
   const ColumnLink<StatisticOf<T>> f(a.f);
   if (a.list.k <= kWarpList)
-    launch(plif_topk_forward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a, f);
+    launch(plif_topk_forward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
   else
     launch(plif_topk_forward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
   return cudaGetLastError();
@@ -395,7 +395,7 @@ template <class T> cudaError_t backward_rows(const PlifTopkBackward& a, cudaStre
   const auto rows = static_cast<unsigned>(a.list.count);
   const ColumnLink<StatisticOf<T>> f(a.f);
   if (a.list.k <= kWarpList)
-    launch(plif_topk_backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a, f);
+    launch(plif_topk_backward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
   else
     launch(plif_topk_backward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
   return cudaGetLastError();

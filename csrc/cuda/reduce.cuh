@@ -33,8 +33,7 @@ inline int64_t parts_of(int64_t rows) {
 }
 
 template <class V> __device__ V sum_of_lanes(V x) {
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
+  return reduce_lanes(x, [](V a, V b) { return a + b; });
 }
 
 template <class S> __device__ Sums<S> sum_of_lanes(const Sums<S>& x) {

@@ -20,6 +20,11 @@ template <class T> __device__ const T* row_of(const Rows& rows, int64_t row) {
                                     offset * int64_t{sizeof(T)});
 }
 
+// A target that is ignored is no class.
+__device__ __forceinline__ bool is_class(int64_t target, int64_t classes) {
+  return static_cast<uint64_t>(target) < static_cast<uint64_t>(classes);
+}
+
 // The classes before the first whole chunk, and how many of those there are.
 struct Whole {
   int head;

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   const auto weight = static_cast<const S*>(a.weight);
   const S smoothing = static_cast<S>(a.label_smoothing);
   const int64_t target = a.target[n];
-  const bool hit = target >= 0 && target < a.logits.classes;
+  const bool hit = is_class(target, a.logits.classes);
 
   const Softmax<S> softmax = softmax_of(group, row, classes);
   const S row_max = softmax.largest;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
   const S row_max = static_cast<const S*>(a.row_max)[n];
   const S log_sum = static_cast<const S*>(a.log_sum)[n];
   const int64_t target = a.target[n];
-  const bool hit = target >= 0 && target < a.logits.classes;
+  const bool hit = is_class(target, a.logits.classes);
   Cut<T> cut;
   const S cut_value = static_cast<const S*>(a.cut)[n];
   cut.key = Order<T>::key(Order<T>::element(cut_value));
@@ -272,7 +272,7 @@ template <class T> cudaError_t forward_rows(const ThresholdForward& a, cudaStrea
   const auto rows = static_cast<unsigned>(a.logits.count);
   if (a.k < a.logits.classes) launch(threshold_select_kernel<T, 1024>, dim3(rows), 1024, stream, a);
   if (is_short<T>(a.logits.classes))
-    launch(threshold_forward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
+    launch(threshold_forward_kernel<T, 32>, warps_for(rows), 128, stream, a);
   else
     launch(threshold_forward_kernel<T, 256>, dim3(rows), 256, stream, a);
   return cudaGetLastError();
@@ -281,7 +281,7 @@ template <class T> cudaError_t forward_rows(const ThresholdForward& a, cudaStrea
 template <class T> cudaError_t backward_rows(const ThresholdBackward& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.logits.count);
   if (is_short<T>(a.logits.classes))
-    launch(threshold_backward_kernel<T, 32>, dim3((rows + 3) / 4), 128, stream, a);
+    launch(threshold_backward_kernel<T, 32>, warps_for(rows), 128, stream, a);
   else
     launch(threshold_backward_kernel<T, 256>,
            dim3(rows, parts_of_gradient<T>(a.logits.count, a.logits.classes)), 256, stream, a);

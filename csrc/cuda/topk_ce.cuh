@@ -1,10 +1,10 @@
 // topk_ce in CUDA C++: the k largest logits of a row, their softmax, its loss and its gradient. The formulas and what is saved
 // for backward stand in triton_kernels/topk_ce.py; the contract in python/sparse_ce/schema.py.
 //
-// A row belongs to a warp (k <= 32, up to 8 KB: held.cuh), or to a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows
+// A row belongs to a warp (k <= 32, up to 48 KB: held.cuh), or to a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows
 // from k = 33 on). Forward of a block goes through these steps, and reads V * itemsize bytes per row from memory:
 //
-//   bound    a key that at least k classes reach, and few more. A short row lies in the registers of its group, and the bound
+//   bound    a key that at least k classes reach, and few more. A short row lies in the registers of its block, and the bound
 //            is found among all its keys. A longer one streams past: chunk q of 16 bytes belongs to segment q mod NSEG, a
 //            thread keeps the maximum of each place of its segments in registers, one packed maximum per 4 bytes, and the
 //            bound is found among the maxima. Interleaving spreads neighbours over the segments.
@@ -491,8 +491,7 @@ template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t str
   constexpr int64_t kPart = 512;
   const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
   if (chunks < kPart) {
-    launch(backward_kernel<T, 32>, dim3(static_cast<unsigned>((a.count + 3) / 4)), 128, stream, a,
-           1);
+    launch(backward_kernel<T, 32>, warps_for(a.count), 128, stream, a, 1);
     return cudaGetLastError();
   }
   const int64_t size = a.k * 4 > kPart ? a.k * 4 : kPart;

@@ -32,7 +32,7 @@ CHUNK_BYTES, CHUNK_BYTES_GPU = 128 << 20, 256 << 20
 # On the CPU measured by bench/linear.py --break-even, and safe on the machines seen: an AMD EPYC
 # could gather up to 0.2 (bench/results/break-even-cpu.json). On a GPU, in bfloat16, an H200 gathers
 # faster up to 0.007 at V = 32000, and for every k that was tried at 128256
-# (bench/results/break-even-nvidia-h200-torch2.11.0-cuda13.0.json); products of float32 are slower.
+# (bench/results/break-even-nvidia-h200-torch2.11.0-cuda13.0.json); no other dtype was tried.
 _BREAK_EVEN = {("cpu", 8): 0.1, ("cpu", 4): 0.1, ("cpu", 2): 0.05}
 _BREAK_EVEN_GPU = 0.007
 
