@@ -21,9 +21,13 @@ pytestmark = pytest.mark.interpreter
 # chunks of a lane
 SHORT_128 = "short 128 16 1024"
 CHOSEN = [
-    (torch.bfloat16, 5, 128, 32, ["few"]),
-    (torch.float64, 5, 32, 32, ["few"]),
-    (torch.bfloat16, 5, 129, 32, ["held 1 false"]),
+    (torch.bfloat16, 5, 128, 32, ["few 4 4"]),
+    (torch.float16, 5, 127, 32, ["few 4 1"]),
+    (torch.float32, 5, 126, 32, ["few 4 1"]),
+    (torch.float64, 5, 32, 32, ["few 8 1"]),
+    (torch.bfloat16, 5, 256, 32, ["few 4 4"]),
+    (torch.bfloat16, 5, 257, 32, ["held 1 false"]),
+    (torch.float32, 5, 129, 32, ["held 1 false"]),
     (torch.bfloat16, 5, 263, 32, ["held 1 false"]),
     (torch.bfloat16, 5, 264, 32, ["held 2 false"]),
     (torch.bfloat16, 5, 1031, 32, ["held 4 false"]),
@@ -66,7 +70,7 @@ def test_chosen_kernels(dtype, rows, classes, k, kernels):
     assert (outputs[2] == expected).all()
 
 
-@pytest.mark.parametrize("classes, threads", [(4095, 32), (4096, 128)])
+@pytest.mark.parametrize("classes, threads", [(1023, 8), (1024, 32), (4095, 32), (4096, 128)])
 def test_chosen_kernel_of_backward(classes, threads):
     logits, target = torch.randn(3, classes).bfloat16(), torch.tensor([0, 1, 2])
     _, _, indices, probs = emulated_cuda.topk_ce_fwd(logits, target, None, 20, 0.0)

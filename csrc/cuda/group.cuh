@@ -1,4 +1,4 @@
-// The threads that share a row: a warp, with several of them to a block, or a whole block. What they do together.
+// The threads that share a row: some lanes of a warp, a warp, or a whole block. What they do together.
 #pragma once
 
 #include "platform.cuh"
@@ -38,9 +38,11 @@ template <class V> __device__ __forceinline__ V across(V x, int bits) {
   return by_words(x, [&](auto word) { return __shfl_xor_sync(kAllLanes, word, bits); });
 }
 
-// Of all lanes, a tree.
-template <class V, class Combine> __device__ __forceinline__ V reduce_lanes(V x, Combine combine) {
-  for (int distance = 16; distance > 0; distance /= 2) x = combine(x, across(x, distance));
+// Of so many lanes, a tree.
+template <int LANES = 32, class V, class Combine>
+__device__ __forceinline__ V reduce_lanes(V x, Combine combine) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x = combine(x, across(x, distance));
   return x;
 }
 
@@ -56,11 +58,13 @@ __device__ __forceinline__ int sum_of_lanes_before(int x, int lane, int& all) {
   return sum - x;
 }
 
+// Lanes of a warp go together, whosever row they have: where rows end within a warp, the lanes left over take the last row too.
 template <int THREADS> class Group {
  public:
-  static constexpr bool kIsWarp = THREADS == 32;
+  static constexpr bool kInWarp = THREADS <= 32;
+  static constexpr int kLanes = kInWarp ? THREADS : 32;
   static constexpr int kWarps = THREADS / 32;
-  static constexpr int kBlock = kIsWarp ? 128 : THREADS;
+  static constexpr int kBlock = kInWarp ? 128 : THREADS;
   static constexpr int kPerBlock = kBlock / THREADS;
 
   __device__ Group(Shared<uint64_t> slots, Shared<int> lengths)
@@ -72,9 +76,15 @@ template <int THREADS> class Group {
   const int number;  // of the group in its block
   const int rank;    // of the thread in its group
 
+  // Of `rows` that such groups share, in their order.
+  __device__ __forceinline__ int64_t row(int64_t rows) const {
+    const int64_t mine = static_cast<int64_t>(blockIdx.x) * kPerBlock + number;
+    return mine < rows ? mine : rows - 1;
+  }
+
   // A barrier, and all memory that any of them wrote before it is seen by all after it.
   __device__ __forceinline__ void sync() const {
-    if constexpr (kIsWarp)
+    if constexpr (kInWarp)
       __syncwarp();
     else
       __syncthreads();
@@ -83,16 +93,20 @@ template <int THREADS> class Group {
   // The same result in every thread, from the same order of operations in every run. One barrier: the slots are used in
   // turns, and nobody writes to a slot again before all have passed the barrier of the other.
   template <class V, class Combine> __device__ V reduce(V x, Combine combine) {
-    return across_warps(reduce_lanes(x, combine), combine);
+    return across_warps(reduce_lanes<kLanes>(x, combine), combine);
   }
 
   __device__ int sum(int x) {
-    return across_warps(__reduce_add_sync(kAllLanes, x), [](int a, int b) { return a + b; });
+    const auto combine = [](int a, int b) { return a + b; };
+    if constexpr (kLanes == 32)
+      return across_warps(__reduce_add_sync(kAllLanes, x), combine);
+    else
+      return reduce(x, combine);
   }
 
   template <class V> __device__ V least(V x) {
     const auto combine = [](V a, V b) { return a < b ? a : b; };
-    if constexpr (std::is_same<V, int>::value)
+    if constexpr (kLanes == 32 && std::is_same<V, int>::value)
       return across_warps(__reduce_min_sync(kAllLanes, x), combine);
     else
       return reduce(x, combine);
@@ -100,7 +114,7 @@ template <int THREADS> class Group {
 
   template <class V> __device__ V greatest(V x) {
     const auto combine = [](V a, V b) { return a > b ? a : b; };
-    if constexpr (std::is_same<V, int>::value)
+    if constexpr (kLanes == 32 && std::is_same<V, int>::value)
       return across_warps(__reduce_max_sync(kAllLanes, x), combine);
     else
       return reduce(x, combine);
@@ -108,9 +122,10 @@ template <int THREADS> class Group {
 
   // How many threads before this one say yes.
   __device__ int count_before(bool yes) {
+    static_assert(kLanes == 32);
     const unsigned all = __ballot_sync(kAllLanes, yes);
     int count = __popc(all & ((1u << rank % 32) - 1));
-    if constexpr (!kIsWarp) {
+    if constexpr (!kInWarp) {
       const Shared<uint64_t> slots = next_slots();
       if (rank % 32 == 0) slots[rank / 32] = static_cast<uint64_t>(__popc(all));
       sync();
@@ -129,6 +144,7 @@ template <int THREADS> class Group {
 
   template <class List, class V>
   __device__ __forceinline__ void append(List list, int capacity, bool keep, V value) {
+    static_assert(kLanes == 32);
     const unsigned kept = __ballot_sync(kAllLanes, keep);
     if (kept == 0) return;
     const int lane = rank % 32, leader = __ffs(static_cast<int>(kept)) - 1;
@@ -146,7 +162,7 @@ template <int THREADS> class Group {
 
  private:
   template <class V, class Combine> __device__ V across_warps(V x, Combine combine) {
-    if constexpr (!kIsWarp) {
+    if constexpr (!kInWarp) {
       static_assert(sizeof(V) <= sizeof(uint64_t));
       const Shared<uint64_t> slots = next_slots();
       uint64_t bits = 0;
@@ -173,9 +189,9 @@ template <int THREADS> class Group {
   int turn_ = 0;
 };
 
-// The blocks of so many groups of a warp, which are not none.
-inline dim3 warps_for(int64_t rows) {
-  return dim3(static_cast<unsigned>((rows - 1) / Group<32>::kPerBlock + 1));
+// The blocks of so many groups within warps, which are not none.
+template <int LANES = 32> dim3 warps_for(int64_t rows) {
+  return dim3(static_cast<unsigned>((rows - 1) / Group<LANES>::kPerBlock + 1));
 }
 
 }  // namespace sparse_ce::cuda

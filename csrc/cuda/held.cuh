@@ -1,6 +1,5 @@
 // topk_ce forward for up to 32 classes of at most 48 KB of logits, which a warp holds in its registers, tile by tile, from the only
-// look at them to the end. Short rows are bound by instructions, not by memory; a row up to 16 KB is one tile, and one of few
-// classes is sorted as it is.
+// look at them to the end. Short rows are bound by instructions, not by memory; a row up to 16 KB is one tile.
 //
 //   bound    of the first tile: found among 64 maxima, two of each lane. From then on, the k-th of the tiles before.
 //   collect  a bit for each class that reaches it; then a list of these in shared memory.
@@ -11,55 +10,28 @@
 // read again in the order of the index, 32 classes at a time.
 #pragma once
 
-#include "list.cuh"
+#include "few.cuh"
 #include "select.cuh"
 
 namespace sparse_ce::cuda {
 
-// Up to 16 KB an H200 was faster so than by a block. Beyond, where a row streams, it was not timed: the limit is an estimate, and
-// so is kMaxFew.
+// Up to 16 KB an H200 was faster so than by a block. Beyond, where a row streams, it was not timed: the limit is an estimate.
 constexpr int kMaxHeldK = 32, kMaxHeldChunks = 3072;
 constexpr int kHeldList = 128;
 
-// One step of bitonic sorting: the greater of two items goes to the lower lane.
-template <class Item> __device__ __forceinline__ Item step(Item mine, int lane, int distance) {
-  const Item other = across(mine, distance);
-  return ((lane & distance) == 0) == (other > mine) ? other : mine;
-}
-
-// Descending over the lanes. Where a run of `width` lanes has to rise, its items are turned round as long.
-template <class Item> __device__ __forceinline__ Item sort_lanes(Item mine, int lane) {
-#pragma unroll
-  for (int width = 2, log2 = 1; width <= 32; width *= 2, ++log2) {
-    // the bit of this width, which no lane has at the last, and of the one before, which none has at the first
-    const int rises = (width < 32 ? lane : 0) >> log2, rose = (width > 2 ? lane : 0) >> (log2 - 1);
-    mine = mine.turned_if((rises ^ rose) & 1);
-#pragma unroll
-    for (int distance = width / 2; distance > 0; distance /= 2) mine = step(mine, lane, distance);
-  }
-  return mine;
-}
-
-// The best 32 of twice 32 that descend over the lanes.
-template <class Item> __device__ __forceinline__ Item merge_lanes(Item mine, Item more, int lane) {
-  more = across(more, 31);
-  mine = more > mine ? more : mine;
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) mine = step(mine, lane, distance);
-  return mine;
-}
-
-// The best 32 of these and of the classes from first to last, whatever ties there are.
+// The classes from first to last, whatever ties there are.
 template <class T, class Item>
-__device__ Item best_of_classes(Item best, const T* row, int first, int last, int lane) {
+__device__ void add_classes(Sorted<Item, 32>& best, const T* row, int first, int last, int lane) {
 #pragma unroll 1
   for (int begin = first; begin < last; begin += 32) {
     const int i = begin + lane;
-    const Item more = i < last ? Item::of(Order<T>::key(row[i]), i) : last_item<T, Item>();
-    if (__any_sync(kAllLanes, more > of_lane(best, 31)))
-      best = merge_lanes(best, sort_lanes(more, lane), lane);
+    Sorted<Item, 32> more = {
+        {i < last ? Item::of(Order<T>::key(row[i]), i) : last_item<T, Item>()}};
+    if (__any_sync(kAllLanes, more.items[0] > of_lane(best.items[0], 31))) {
+      more.sort(lane);
+      best.merge(more, lane);
+    }
   }
-  return best;
 }
 
 // Everything that forward returns, each lane having the class of its rank.
@@ -72,38 +44,6 @@ __device__ __forceinline__ void finish_lanes(Group<32>& group, const Forward& a,
   list_softmax<StatisticOf<T>, true>(
       group, a, n, [&](int) { return own; }, of_lane(own, 0), target.index,
       number_of(target.logit));
-}
-
-template <class T> using HeldItem = std::conditional_t<sizeof(T) == 2, Item16, ItemOf<T>>;
-
-// So few classes are all sorted.
-constexpr int kMaxFew = 128;
-
-template <class T>
-__global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlock))
-    forward_few_kernel(const Forward a) {
-  using G = Group<32>;
-  using Item = HeldItem<T>;
-  GROUP_MEMORY(32, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
-  if (n >= a.logits.count) return;
-  const int lane = group.rank, classes = static_cast<int>(a.logits.classes);
-  const T* row = row_of<T>(a.logits, n);
-  Target<T> target;
-  target.load_index(a, n);
-  T x[kMaxFew / 32];
-#pragma unroll
-  for (int s = 0; s < kMaxFew / 32; ++s) x[s] = s * 32 + lane < classes ? row[s * 32 + lane] : T{};
-  Item best;
-#pragma unroll
-  for (int s = 0; s < kMaxFew / 32; ++s) {
-    const int i = s * 32 + lane;
-    if (s > 0 && s * 32 >= classes) break;
-    const Item more =
-        sort_lanes(i < classes ? Item::of(Order<T>::key(x[s]), i) : last_item<T, Item>(), lane);
-    best = s == 0 ? more : merge_lanes(best, more, lane);
-  }
-  finish_lanes(group, a, n, row, target, best);
 }
 
 // What a lane holds of a tile of a row, every 32nd chunk, and a bit for each of these classes: of the units of a word, and where
@@ -182,7 +122,7 @@ template <class T, int CHUNKS, bool STREAMS>
 __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STREAMS>)
     forward_held_kernel(const Forward a) {
   using G = Group<32>;
-  using Item = HeldItem<T>;
+  using Item = ShortItem<T>;
   constexpr int kTile = 32 * CHUNKS, kElements = Chunk<T>::kElements;
   GROUP_MEMORY(32, group);
   SHARED_ARRAY(int, lists, G::kPerBlock* kHeldList);
@@ -196,7 +136,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
   const int head = whole.head, count = whole.count, tail = head + count * kElements;
   Target<T> target;
 
-  Item best = last_item<T, Item>();
+  Sorted<Item, 32> best = {{last_item<T, Item>()}};
   KeyOf<T> bound = -Order<T>::kInfinity;
   const int tiles = STREAMS ? (count + kTile - 1) / kTile : 1;
 #pragma unroll 1
@@ -242,41 +182,40 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
       length += __popc(reaching_edges);
       group.sync();
       const auto sorted = [&](int from) {
-        Item item = last_item<T, Item>();
+        Sorted<Item, 32> some = {{last_item<T, Item>()}};
         if (from + lane < length) {
           const int i = list[from + lane];
-          item = Item::of(Order<T>::key(row[i]), i);
+          some.items[0] = Item::of(Order<T>::key(row[i]), i);
         }
-        return sort_lanes(item, lane);
+        some.sort(lane);
+        return some;
       };
       if (tile == 0) best = sorted(0);
 #pragma unroll 1
-      for (int from = tile == 0 ? 32 : 0; from < length; from += 32)
-        best = merge_lanes(best, sorted(from), lane);
+      for (int from = tile == 0 ? 32 : 0; from < length; from += 32) best.merge(sorted(from), lane);
       if (STREAMS) group.sync();
     } else {
       const int first = tile == 0 ? 0 : head + begin * kElements;
       const int last = tile == tiles - 1 ? classes : head + (begin + kTile) * kElements;
-      best = best_of_classes(best, row, first, last, lane);
+      add_classes(best, row, first, last, lane);
     }
     // of later classes only greater ones
-    if (STREAMS) bound = of_lane(best, k - 1).key() + 1;
+    if (STREAMS) bound = of_lane(best.items[0], k - 1).key() + 1;
   }
 
-  finish_lanes(group, a, n, row, target, best);
+  finish_lanes(group, a, n, row, target, best.items[0]);
 }
 
 template <class T> cudaError_t forward_held(const Forward& a, cudaStream_t stream) {
   static_assert((kMaxHeldChunks + 1) * Chunk<T>::kElements <= 1 << 16, "an Item16 numbers them");
   const int64_t chunks = a.logits.classes / Chunk<T>::kElements;
-  const auto kernel = a.logits.classes <= kMaxFew ? forward_few_kernel<T>
-                      : chunks <= 32              ? forward_held_kernel<T, 1, false>
-                      : chunks <= 64              ? forward_held_kernel<T, 2, false>
-                      : chunks <= 128             ? forward_held_kernel<T, 4, false>
-                      : chunks <= 256             ? forward_held_kernel<T, 8, false>
-                      : chunks <= 512             ? forward_held_kernel<T, 16, false>
-                      : chunks <= 1024            ? forward_held_kernel<T, 32, false>
-                                                  : forward_held_kernel<T, 16, true>;
+  const auto kernel = chunks <= 32     ? forward_held_kernel<T, 1, false>
+                      : chunks <= 64   ? forward_held_kernel<T, 2, false>
+                      : chunks <= 128  ? forward_held_kernel<T, 4, false>
+                      : chunks <= 256  ? forward_held_kernel<T, 8, false>
+                      : chunks <= 512  ? forward_held_kernel<T, 16, false>
+                      : chunks <= 1024 ? forward_held_kernel<T, 32, false>
+                                       : forward_held_kernel<T, 16, true>;
   launch(kernel, warps_for(a.logits.count), Group<32>::kBlock, stream, a);
   return cudaGetLastError();
 }

@@ -71,6 +71,17 @@ template <class T> struct Target {
   }
 };
 
+// Everything that forward returns, from the k first classes of the row in their order.
+template <class T, class Item, int THREADS, class List>
+__device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n,
+                       const Target<T>& target) {
+  const auto value = [&](int rank) { return Order<T>::value(Item(list[rank]).key()); };
+  for_each_rank<false>(group, static_cast<int>(a.k),
+                       [&](int rank) { a.indices[n * a.k + rank] = Item(list[rank]).index(); });
+  list_softmax<StatisticOf<T>, false>(group, a, n, value, value(0), target.index,
+                                      number_of(target.logit));
+}
+
 // The gradient of the logits of the list, by rank. The target's is -at_target, joined to that in the list where it is there.
 template <class S> struct ListGradient {
   const int32_t* indices;

@@ -26,8 +26,7 @@ template <class Key, class Bits> __device__ __forceinline__ Bits bits_of_key(Key
   return static_cast<Bits>(key < 0 ? kSign | static_cast<Bits>(-key) : static_cast<Bits>(key));
 }
 
-// A class of a row: its key and its index. Greater is earlier; no two are equal. The order of items that are turned round, by 1, is
-// that of the classes turned round.
+// A class of a row: its key and its index. Greater is earlier; no two are equal.
 struct Item32 {
   using Key = int32_t;
   int64_t packed;
@@ -37,7 +36,6 @@ struct Item32 {
   __device__ __forceinline__ bool operator>(const Item32& other) const {
     return packed > other.packed;
   }
-  __device__ __forceinline__ Item32 turned_if(int yes) const { return {packed ^ -int64_t{yes}}; }
   __device__ __forceinline__ Key key() const { return static_cast<Key>(packed >> 32); }
   __device__ __forceinline__ int32_t index() const {
     return 0x7FFFFFFF - static_cast<int32_t>(packed & 0x7FFFFFFF);
@@ -54,7 +52,13 @@ struct Item16 {
   __device__ __forceinline__ bool operator>(const Item16& other) const {
     return packed > other.packed;
   }
-  __device__ __forceinline__ Item16 turned_if(int yes) const { return {packed ^ -yes}; }
+  // without a branch an instruction each
+  friend __device__ __forceinline__ Item16 first_of(Item16 a, Item16 b) {
+    return {a.packed > b.packed ? a.packed : b.packed};
+  }
+  friend __device__ __forceinline__ Item16 last_of(Item16 a, Item16 b) {
+    return {a.packed > b.packed ? b.packed : a.packed};
+  }
   __device__ __forceinline__ Key key() const { return packed >> 16; }
   __device__ __forceinline__ int32_t index() const { return 0xFFFF - (packed & 0xFFFF); }
 };
@@ -67,12 +71,16 @@ struct alignas(16) Item64 {
   __device__ __forceinline__ bool operator>(const Item64& other) const {
     return high > other.high || (high == other.high && low < other.low);
   }
-  __device__ __forceinline__ Item64 turned_if(int yes) const {
-    return {high ^ -int64_t{yes}, low ^ -int64_t{yes}};
-  }
   __device__ __forceinline__ Key key() const { return high; }
   __device__ __forceinline__ int32_t index() const { return static_cast<int32_t>(low); }
 };
+
+template <class Item> __device__ __forceinline__ Item first_of(const Item& a, const Item& b) {
+  return a > b ? a : b;
+}
+template <class Item> __device__ __forceinline__ Item last_of(const Item& a, const Item& b) {
+  return a > b ? b : a;
+}
 
 // An index that no class has: such an item comes after all classes of its key.
 constexpr int32_t kNoIndex = 0x7FFFFFFF;
@@ -107,6 +115,12 @@ template <class T, int kInfinityBits> struct Order16 {
     return {bits_of_key<Key, uint16_t>(key)};
   }
   static __device__ __forceinline__ float value(Key key) { return to_float(element_of_key(key)); }
+  // An Item16, all of it in the upper half of a register; the key of NaN is another than that above.
+  static __device__ __forceinline__ Item16 item(T x, int32_t index) {
+    const auto bits = static_cast<int32_t>(Packed<T>::plain(uint32_t{x.bits} << 16));
+    const int32_t sign = bits >> 31;
+    return {((bits ^ (sign & 0x7FFF0000)) - (sign & ~0xFFFF)) | (0xFFFF - index)};
+  }
   // Of the larger of the two, which Packed::max made: a NaN has no sign.
   static __device__ __forceinline__ Key unit_key(uint32_t unit) {
     const Key bits = static_cast<int16_t>(Packed<T>::max(unit, unit << 16 | unit >> 16));
@@ -143,6 +157,14 @@ template <> struct Order<double> {
 template <class T> using KeyOf = typename Order<T>::Key;
 template <class T> using ItemOf = typename Order<T>::Item;
 template <class T> using StatisticOf = typename Order<T>::Statistic;
+
+// The item of an element; of two elements the order is that of their keys.
+template <class Item, class T> __device__ __forceinline__ Item item_of(T x, int32_t index) {
+  if constexpr (std::is_same<Item, Item16>::value)
+    return Order<T>::item(x, index);
+  else
+    return Item::of(Order<T>::key(x), index);
+}
 
 // Before no class at all: every class is greater.
 template <class T, class Item> __device__ __forceinline__ Item last_item() {

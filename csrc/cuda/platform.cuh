@@ -63,8 +63,14 @@ __device__ __forceinline__ float16 to_float16(float x) {
 }
 
 // The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. All bits of each float
-// that is not below the other's, or where either is NaN. Of the 16-bit floats also a pair, rounded to the nearest.
+// that is not below the other's, or where either is NaN. Of the 16-bit floats also a pair, rounded to the nearest; and the pair as it
+// is, but that zeros and NaNs have lost their signs, and NaNs are one.
 template <class T> struct Packed;
+
+TWIN(inline unsigned plain_bits(unsigned bits, unsigned infinity) {
+  const unsigned magnitude = bits & 0x7FFF;
+  return magnitude == 0 ? 0 : magnitude > infinity ? 0x7FFF : bits;
+})
 
 template <> struct Packed<float> {
   using Unit = uint32_t;
@@ -88,6 +94,11 @@ template <> struct Packed<bfloat16> {
     PTX(Unit d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;)
     TWIN(return Unit{to_bfloat16(high).bits} << 16 | to_bfloat16(low).bits;)
   }
+  static __device__ __forceinline__ Unit plain(Unit a) {
+    PTX(Unit d; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3F803F80), "r"(0));
+        return d;)
+    TWIN(return Unit{plain_bits(a >> 16, 0x7F80)} << 16 | plain_bits(a & 0xFFFF, 0x7F80);)
+  }
   static __device__ __forceinline__ Unit max(Unit a, Unit b) {
     PTX(Unit d; asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
     TWIN(return (Packed<float>::max(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
@@ -105,6 +116,10 @@ template <> struct Packed<float16> {
   static __device__ __forceinline__ Unit of(float low, float high) {
     PTX(Unit d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;)
     TWIN(return Unit{to_float16(high).bits} << 16 | to_float16(low).bits;)
+  }
+  static __device__ __forceinline__ Unit plain(Unit a) {
+    PTX(Unit d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0)); return d;)
+    TWIN(return Unit{plain_bits(a >> 16, 0x7C00)} << 16 | plain_bits(a & 0xFFFF, 0x7C00);)
   }
   static __device__ __forceinline__ Unit max(Unit a, Unit b) {
     PTX(Unit d; asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)

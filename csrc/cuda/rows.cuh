@@ -20,6 +20,13 @@ template <class T> __device__ const T* row_of(const Rows& rows, int64_t row) {
                                     offset * int64_t{sizeof(T)});
 }
 
+// Whether rows are made of vectors of so many classes.
+template <class T> bool rows_are_of(const Rows& rows, int size) {
+  return rows.classes % size == 0 && (rows.inner < 2 || rows.inner_stride % size == 0) &&
+         (rows.count <= rows.inner || rows.outer_stride % size == 0) &&
+         reinterpret_cast<uintptr_t>(rows.data) % (size * sizeof(T)) == 0;
+}
+
 // A target that is ignored is no class.
 __device__ __forceinline__ bool is_class(int64_t target, int64_t classes) {
   return static_cast<uint64_t>(target) < static_cast<uint64_t>(classes);

@@ -134,17 +134,6 @@ __device__ int collect_exactly(Group<THREADS>& group, Shared<Item> list, const T
   return length;
 }
 
-// Everything that forward returns, from the k first classes of the row in their order.
-template <class T, class Item, int THREADS, class List>
-__device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n,
-                       const Target<T>& target) {
-  const auto value = [&](int rank) { return Order<T>::value(Item(list[rank]).key()); };
-  for_each_rank<false>(group, static_cast<int>(a.k),
-                       [&](int rank) { a.indices[n * a.k + rank] = Item(list[rank]).index(); });
-  list_softmax<StatisticOf<T>, false>(group, a, n, value, value(0), target.index,
-                                      number_of(target.logit));
-}
-
 // From the filled list to the end: of the row, or of its part.
 template <class T, int LIST, class Item, int THREADS>
 __device__ void settle(Group<THREADS>& group, Shared<Item> list, int length, KeyOf<T> bound,
@@ -394,8 +383,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
   using Statistic = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
   const uint32_t job = blockIdx.x * G::kPerBlock + group.number;
-  const int64_t n = job / parts;
-  if (n >= a.count) return;
+  const bool exists = job / parts < a.count;
+  if (G::kLanes == 32 && !exists) return;
+  const int64_t n = exists ? job / parts : a.count - 1;
   const int classes = static_cast<int>(a.classes), k = static_cast<int>(a.k);
   // on their way while the zeros are written
   ListGradient<Statistic> gradient(a, n);
@@ -405,7 +395,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 
   // the classes of this part: full chunks, but at the ends of the row
   T* row = static_cast<T*>(a.dlogits) + n * a.classes;
-  const Slice slice = slice_of(row, classes, static_cast<int>(job % parts), parts);
+  const Slice slice =
+      exists ? slice_of(row, classes, static_cast<int>(job % parts), parts) : Slice{};
   fill_zeros(group, row, slice);
 
   gradient.prepare(group, a);
@@ -414,7 +405,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
     in_support = in_support || gradient.is_target(gradient.indices[rank]);
   const int found = group.sum(in_support);
   // the zeros lie before the numbers: a warp has met no barrier yet
-  if constexpr (G::kIsWarp) group.sync();
+  if constexpr (G::kInWarp) group.sync();
   const auto write = [&](int index, Statistic g) {
     if (index >= slice.low && index < slice.high) row[index] = Order<T>::element(g);
   };
@@ -471,6 +462,7 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
            a, radix_capacity(a.k));
     return cudaGetLastError();
   }
+  if (a.k <= kMaxHeldK && classes <= kMaxFew<T>) return forward_few<T>(a, stream);
   if (a.k <= kMaxHeldK && chunks <= kMaxHeldChunks) return forward_held<T>(a, stream);
   const Split split = split_of(a);
   if (a.k <= 128 && classes <= 2048)
@@ -487,11 +479,14 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
 }
 
 template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t stream) {
-  // Chunks of a part, 8 KB. A shorter row has a warp; where the list would be much of a part, parts are longer.
-  constexpr int64_t kPart = 512;
+  // Chunks of a part, 8 KB. A shorter row has a warp, or a quarter of one; where the list would be much of a part, parts are longer.
+  constexpr int64_t kPart = 512, kQuarter = 128;
   const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
   if (chunks < kPart) {
-    launch(backward_kernel<T, 32>, warps_for(a.count), 128, stream, a, 1);
+    if (chunks < kQuarter)
+      launch(backward_kernel<T, 8>, warps_for<8>(a.count), 128, stream, a, 1);
+    else
+      launch(backward_kernel<T, 32>, warps_for(a.count), 128, stream, a, 1);
     return cudaGetLastError();
   }
   const int64_t size = a.k * 4 > kPart ? a.k * 4 : kPart;

@@ -1,0 +1,77 @@
+// 32 classes in their order, over the lanes that share a row: sorted in registers, by networks of comparisons.
+#pragma once
+
+#include "group.cuh"
+#include "order.cuh"
+
+namespace sparse_ce::cuda {
+
+// The greater of two first.
+template <class Item> __device__ __forceinline__ void put_in_order(Item& a, Item& b) {
+  const Item first = first_of(a, b);
+  b = last_of(a, b);
+  a = first;
+}
+
+// Lane 0 has the first kEach of the 32, lane 1 those that follow.
+template <class Item, int LANES> struct Sorted {
+  static constexpr int kEach = 32 / LANES;
+  Item items[kEach];
+
+  // Of any 32. Each lane sorts its own (Batcher's merging of odd and even places), then runs of lanes are merged two by two.
+  __device__ __forceinline__ void sort(int lane) {
+#pragma unroll
+    for (int run = 1; run < kEach; run *= 2)
+#pragma unroll
+      for (int distance = run; distance > 0; distance /= 2)
+#pragma unroll
+        for (int i = 0; i + distance < kEach; ++i)
+          if (i >= distance % run && (i - distance % run) % (2 * distance) < distance &&
+              i / (2 * run) == (i + distance) / (2 * run))
+            put_in_order(items[i], items[i + distance]);
+#pragma unroll
+    for (int run = 1; run < LANES; run *= 2) {
+      const Sorted other = turned(2 * run - 1);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) items[i] = chosen(items[i], other.items[i], lane, run);
+      settle(lane, run);
+    }
+  }
+
+  // The first 32 of these and of 32 more.
+  __device__ __forceinline__ void merge(Sorted more, int lane) {
+    more = more.turned(LANES - 1);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) items[i] = first_of(items[i], more.items[i]);
+    settle(lane, LANES);
+  }
+
+ private:
+  // What the lane has whose number differs by these bits, last item first.
+  __device__ __forceinline__ Sorted turned(int bits) const {
+    Sorted other;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) other.items[i] = across(items[kEach - 1 - i], bits);
+    return other;
+  }
+
+  // The lane without this bit takes the greater, the one with it the lesser.
+  static __device__ __forceinline__ Item chosen(Item mine, Item other, int lane, int bit) {
+    return ((lane & bit) == 0) == (other > mine) ? other : mine;
+  }
+
+  // Runs of so many lanes that rise and then fall, or the other way round: into order.
+  __device__ __forceinline__ void settle(int lane, int lanes) {
+#pragma unroll
+    for (int bit = lanes / 2; bit > 0; bit /= 2)
+#pragma unroll
+      for (Item& item : items) item = chosen(item, across(item, bit), lane, bit);
+#pragma unroll
+    for (int distance = kEach / 2; distance > 0; distance /= 2)
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        if ((i & distance) == 0) put_in_order(items[i], items[i + distance]);
+  }
+};
+
+}  // namespace sparse_ce::cuda
