@@ -75,6 +75,7 @@ PLIF = ("plif_fwd", "plif_bwd", "plif_ce_fwd", "plif_ce_bwd")
 LISTED = ("plif_topk_fwd", "plif_topk_bwd")
 COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
 
+SHORT = ("few", "short_bwd")
 REDUCE = ("reduce_fwd", "reduce_join", "reduce_bwd")  # of float32, whatever the classes
 
 
@@ -159,8 +160,13 @@ class Case:
                 **shared,
                 **aligned,
             }
-        if self.kernel == "sort":
-            return {**topk_ce.sort_options(self.num_classes), "SPLIT": False, **shared}
+        if self.kernel == "short_bwd":
+            options = topk_ce.short_bwd_options(itemsize, self.num_classes, self.k)
+            return {**options, **upstream, **shared}
+        if self.kernel == "merge":
+            return {**topk_ce.merge_options(self.num_classes), **shared}
+        if self.kernel == "few":
+            return {**topk_ce.few_options(self.num_classes, self.k), **shared}
         selection = topk_ce.fwd_selection(itemsize, self.num_classes, self.k)
         if self.kernel == "exact":
             return {**topk_ce.exact_options(selection.SORT), "SPLIT": False, **shared}
@@ -233,8 +239,9 @@ def resources(case: Case, report: sass.Report) -> dict[str, float]:
     access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
     if case.kernel in (*THRESHOLD, *LABELS, *PLIF):
         return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
-    if case.kernel in LISTED:  # a row is one tile
-        return {"registers": report.registers, "per_row": report.straight}
+    if case.kernel in (*LISTED, *SHORT):  # a row, or several, are one tile
+        per_row = report.straight / case.options().get("ROWS", 1)
+        return {"registers": report.registers, "per_row": round(per_row)}
     if case.kernel in COSINE:
         return {
             "registers": report.registers,
@@ -265,8 +272,9 @@ def recorded_cases() -> list[Case]:
     ]
     linked += [Case(name, "bfloat16", LONG_ROW, k) for name in LISTED for k in (20, 1000)]
     backward = [Case("bwd", dtype, LONG_ROW, 20) for dtype in TYPES]
+    short = [Case(name, dtype, 100, 20) for name in SHORT for dtype in ("bfloat16", "float32")]
     vectors = [Case(name, dtype, 300, 1) for name in COSINE for dtype in ("bfloat16", "float32")]
-    return [*tuning_cases(), *backward, *linear, *dense, *labelled, *linked, *vectors]
+    return [*tuning_cases(), *backward, *short, *linear, *dense, *labelled, *linked, *vectors]
 
 
 def main() -> None:

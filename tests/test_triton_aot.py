@@ -28,8 +28,10 @@ OTHERS = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 100, full=True),
     aot.Case("bwd", "bfloat16", aot.LONG_ROW, 1000, full=True),
     aot.Case("bwd", "float32", aot.LONG_ROW, 100, loss=False),
-    aot.Case("sort", "bfloat16", 100, 20),
-    aot.Case("sort", "float32", 1000, 1000, full=True),
+    aot.Case("few", "float16", 256, 32, full=True),
+    aot.Case("few", "float32", 1000, 1000, full=True),
+    aot.Case("short_bwd", "float32", 512, 20, full=True),
+    aot.Case("merge", "bfloat16", 2048, 20, full=True),
     aot.Case("exact", "bfloat16", aot.LONG_ROW, 20),
     aot.Case("exact", "float32", aot.LONG_ROW, 1000),
     aot.Case("threshold_fwd", "bfloat16", aot.LONG_ROW, 5000, full=True),
@@ -62,7 +64,11 @@ SPLIT = (("SPLIT", True), *PLAIN)
 VARIANTS = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 20, changes=SPLIT),
     aot.Case("exact", "bfloat16", aot.LONG_ROW, 20, changes=SPLIT),
-    aot.Case("sort", "bfloat16", 2048, 20, changes=SPLIT),
+    aot.Case("merge", "bfloat16", 2048, 20, changes=PLAIN),
+    aot.Case("few", "bfloat16", 10, 5, changes=PLAIN),
+    aot.Case(
+        "short_bwd", "float16", 10, 5, changes=(*PLAIN, ("dlse_ptr", None), ("dprobs_ptr", None))
+    ),
     aot.Case(
         "bwd", "bfloat16", 50257, 20, changes=(*PLAIN, ("dlse_ptr", None), ("dprobs_ptr", None))
     ),
@@ -182,12 +188,15 @@ def _compare(case: aot.Case, now: dict[str, float]) -> None:
             assert instructions <= then[name] * sass.MARGIN_INSTRUCTIONS, name
 
 
+TOPK = ("fwd", "exact", "few", "merge", "bwd", "short_bwd")
+
+
 def test_a_new_problem_compiles_nothing_new() -> None:
     """No number is specialised, nor an address in the kernels that get slices of the rows; the
     options, all that a kernel knows of k besides, are buckets.
     """
     linear = [getattr(aot.sparse_linear, f"_{name}_kernel") for name in aot.LINEAR]
-    topk = [getattr(aot.topk_ce, f"_{name}_kernel") for name in ("fwd", "exact", "sort", "bwd")]
+    topk = [getattr(aot.topk_ce, f"_{name}_kernel") for name in TOPK]
     threshold = [getattr(aot.threshold_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
     labels = [getattr(aot.labels_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
     forms = ("fwd", "bwd", "ce_fwd", "ce_bwd", "topk_fwd", "topk_bwd")

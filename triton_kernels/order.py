@@ -53,13 +53,31 @@ def pack(key, index):
 
 
 @triton.jit
+def pack_few(key, index, dtype: tl.constexpr):
+    """The same of fewer than 2^16 classes: int32 where the logits have 16 bits."""
+    if dtype == tl.float32:
+        packed = pack(key, index)
+    else:
+        packed = (key << 16) | (0xFFFF - index)
+    return packed
+
+
+@triton.jit
 def packed_key(packed):
-    return (packed >> 32).to(tl.int32)
+    if packed.dtype == tl.int64:
+        key = (packed >> 32).to(tl.int32)
+    else:
+        key = packed >> 16
+    return key
 
 
 @triton.jit
 def packed_index(packed):
-    return 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+    if packed.dtype == tl.int64:
+        index = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+    else:
+        index = 0xFFFF - (packed & 0xFFFF)
+    return index
 
 
 @triton.jit

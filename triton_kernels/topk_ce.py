@@ -45,7 +45,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .order import key_value, max_nan, pack, packed_index, packed_key, threshold, value_key
+from .order import (
+    key_value,
+    max_nan,
+    pack,
+    pack_few,
+    packed_index,
+    packed_key,
+    threshold,
+    value_key,
+)
 from .rows import (
     classes_before,
     edges,
@@ -62,6 +71,9 @@ LOWEST = tl.constexpr(-(1 << 63))
 SETTLED = tl.constexpr(0x7FFFFFFF)
 # Flags that a program of _exact_kernel looks at together.
 WATCH = tl.constexpr(32)
+# Of a tile whose order it does not know, the compiler takes the last axis for the lanes; that of
+# Triton 3.6 the first.
+ROWS_LAST = tl.constexpr(not triton.__version__.startswith("3.6."))
 # Chunks of a row that a program of _bwd_kernel writes, at least. More where the list would be
 # a good part of what is moved; a shorter row has one warp.
 PART = 512
@@ -185,27 +197,49 @@ def _select(
     return least, length
 
 
+# A list is one row's, (SIZE), with numbers of the row that are (), or those of a tile of rows,
+# (ROWS, SIZE), with numbers that are (ROWS, 1).
+
+
+@triton.jit
+def ranks(x):
+    """0, 1, ... for each item of a list."""
+    if len(x.shape) == 1:
+        rank = tl.arange(0, x.shape[0])
+    else:
+        rank = tl.arange(0, x.shape[1])[None, :]
+    return rank
+
+
+@triton.jit
+def list_sum(x):
+    if len(x.shape) == 1:
+        total = tl.sum(x, axis=0)
+    else:
+        total = tl.sum(x, axis=1, keep_dims=True)
+    return total
+
+
 @triton.jit
 def list_sums(value, kept):
     """Of the sorted logits of a list, of which rank 0 is the largest: the maximum, the distances
     from it, and the logarithm of their sum of exponentials.
     """
-    rank = tl.arange(0, value.shape[0])
-    row_max = tl.sum(tl.where(rank == 0, value, 0.0), axis=0)
+    row_max = list_sum(tl.where(ranks(value) == 0, value, 0.0))
     shifted = tl.where(kept, value - row_max, float("-inf"))
-    return row_max, shifted, tl.log(tl.sum(tl.exp(shifted), axis=0))
+    return row_max, shifted, tl.log(list_sum(tl.exp(shifted)))
 
 
 @triton.jit
 def list_loss(
     row_max,
-    shifted,  # (SORT), of rank 0, 1, ...
+    shifted,  # of rank 0, 1, ...
     log_sum,
-    index,  # (SORT)
-    kept,  # (SORT): rank < k
+    index,
+    kept,  # rank < k
     target,
     hit,
-    z_y,  # () fp32, where the target is a hit
+    z_y,  # fp32, where the target is a hit
     row,  # int64
     weight_ptr,
     loss_ptr,
@@ -223,7 +257,7 @@ def list_loss(
         nll = log_sum - shifted
         if HAS_WEIGHT:
             nll *= tl.load(weight_ptr + index, mask=kept, other=0.0)
-        spread = tl.sum(tl.where(kept, nll, 0.0), axis=0)
+        spread = list_sum(tl.where(kept, nll, 0.0))
         loss = (1 - label_smoothing) * loss + label_smoothing / k * spread
     tl.store(loss_ptr + row, tl.where(hit, loss, float("nan")))
     tl.store(lse_ptr + row, row_max + log_sum)
@@ -246,8 +280,8 @@ def _finish(
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """Everything that forward returns, from the sorted classes of the row."""
-    rank = tl.arange(0, packed.shape[0])
+    """Everything that forward returns, from the sorted classes of a list."""
+    rank = ranks(packed)
     kept = rank < k
     index = packed_index(packed)
     value = key_value(packed_key(packed), row_ptr.dtype.element_ty)
@@ -409,9 +443,9 @@ def _exact_kernel(
 
 
 @kernel
-def _sort_kernel(
+def _merge_kernel(
     logits_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
-    best_ptr,  # (N, parts, k) int64, where rows are split
+    best_ptr,  # (N, parts, k) int64
     stride_b: tl.int64,
     stride_t: tl.int64,
     rows_t,
@@ -420,19 +454,14 @@ def _sort_kernel(
     k,
     label_smoothing,
     SORT: tl.constexpr,
-    SPLIT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    """Rows of few candidates: all of a short row, or the best of each part of a split one."""
+    """Split rows, from the best of each part."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_start(tl.program_id(0), rows_t, stride_b, stride_t)
     place = tl.arange(0, SORT)
-    if SPLIT:
-        packed = tl.load(best_ptr + row * parts * k + place, mask=place < parts * k, other=LOWEST)
-    else:
-        key = value_key(tl.load(row_ptr + place, mask=place < V, other=float("-inf")))
-        packed = tl.where(place < V, pack(key, place), LOWEST)
+    packed = tl.load(best_ptr + row * parts * k + place, mask=place < parts * k, other=LOWEST)
     packed = tl.sort(packed, descending=True)
     _finish(
         packed, row, row_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
@@ -440,11 +469,57 @@ def _sort_kernel(
     )  # fmt: skip
 
 
+@kernel
+def _few_kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    stride_v,  # 1
+    rows_t,
+    N,
+    V,
+    k,
+    label_smoothing,
+    SORT: tl.constexpr,
+    TOP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """Rows of few classes, several of them: all are sorted.
+
+    The stride of 1 is a number that the compiler does not know, or else it would put the lanes of a
+    warp along the classes of a row. Now they are along the rows first, so that most of a sort is
+    within lanes, where two instructions put two items in order, and a quarter of it by shuffles.
+    """
+    # after the last row comes the last again: it is written twice, alike
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.minimum(tl.arange(0, ROWS), N - 1 - first)
+    start = row_start(rows, rows_t, stride_b, stride_t)
+    place = tl.arange(0, SORT)
+    if ROWS_LAST:
+        index = place[:, None]
+        at = start[None, :] + index * stride_v
+    else:
+        index = place[None, :]
+        at = start[:, None] + index * stride_v
+    x = tl.load(logits_ptr + at, mask=index < V, other=float("-inf"))
+    packed = pack_few(value_key(x), index, x.dtype)
+    if ROWS_LAST:
+        packed = tl.trans(packed)
+    # no class follows those that are not there
+    packed = tl.topk(packed, TOP)
+    _finish(
+        packed, rows[:, None].to(tl.int64), logits_ptr + start[:, None], target_ptr, weight_ptr,
+        loss_ptr, lse_ptr, indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
+
+
 @triton.jit
 def list_gradient(
-    p,  # (K2), 0 where not kept
-    index,  # (K2), -1 where not kept
-    kept,  # (K2): rank < k
+    p,  # 0 where not kept
+    index,  # -1 where not kept
+    kept,  # rank < k
     target,
     hit,
     row,  # int64
@@ -460,11 +535,11 @@ def list_gradient(
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """The gradient of the logits of a list (K2), that of the target, and whether it is outside of
-    the list: inside, it is joined to its own.
+    """The gradient of the logits of a list, that of the target, and whether it is outside of the
+    list: inside, it is joined to its own.
     """
     factor = tl.zeros_like(p)
-    at_target = tl.full([], 0.0, tl.float32)
+    at_target = tl.zeros_like(target).to(tl.float32)
     spread = tl.zeros_like(p)
     if HAS_DLOSS:
         dloss = tl.where(hit, tl.load(dloss_ptr + row), 0.0)
@@ -477,18 +552,18 @@ def list_gradient(
             if HAS_WEIGHT:
                 spread *= tl.load(weight_ptr + index, mask=kept, other=0.0)
             spread = tl.where(kept, spread, 0.0)
-            factor += tl.sum(spread, axis=0)
+            factor += list_sum(spread)
         factor += at_target
     if HAS_DLSE:
         factor += tl.load(dlse_ptr + row)
     if HAS_DPROBS:
-        q = tl.load(dprobs_ptr + row * k + tl.arange(0, index.shape[0]), mask=kept, other=0.0)
-        factor += q - tl.sum(tl.where(q == 0, 0.0, q * p), axis=0)
+        q = tl.load(dprobs_ptr + row * k + ranks(index), mask=kept, other=0.0)
+        factor += q - list_sum(tl.where(q == 0, 0.0, q * p))
     # without upstream gradient exactly zero, also where p is NaN
     g = tl.where(factor == 0, 0.0, p * factor) - spread
     is_target = hit & (index == target)
     g = tl.where(is_target, g - at_target, g)
-    outside = hit & (tl.sum(is_target.to(tl.int32), axis=0) == 0)
+    outside = hit & (list_sum(is_target.to(tl.int32)) == 0)
     return g, 0.0 - at_target, outside
 
 
@@ -563,6 +638,66 @@ def _bwd_kernel(
     tl.store(row_ptr + target, at_target.to(DTYPE), mask=outside & here)
 
 
+@kernel
+def _short_bwd_kernel(
+    dloss_ptr,  # (N) fp32
+    dlse_ptr,  # (N) fp32
+    dprobs_ptr,  # (N, k) fp32
+    target_ptr,  # (N) int64
+    indices_ptr,  # (N, k) int32
+    probs_ptr,  # (N, k) fp32
+    weight_ptr,  # (V) fp32
+    dlogits_ptr,  # (N, V)
+    N,
+    V,
+    k,
+    label_smoothing,
+    K2: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_DLOSS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_DPROBS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """Several rows, so many that they begin at a multiple of 16 bytes."""
+    DTYPE: tl.constexpr = dlogits_ptr.dtype.element_ty
+    C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    # after the last row comes the last again: it is written twice, alike
+    first = tl.program_id(0) * ROWS
+    row = (first + tl.minimum(tl.arange(0, ROWS), N - 1 - first)[:, None]).to(tl.int64)
+    rank = tl.arange(0, K2)[None, :]
+    kept = rank < k
+    # on their way while the zeros are written
+    target = tl.load(target_ptr + row)
+    index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
+    p = tl.load(probs_ptr + row * k + rank, mask=kept, other=0.0)
+
+    classes = tl.minimum(ROWS, N - first) * V
+    chunks = classes // C
+    chunk_ptr = tl.multiple_of(dlogits_ptr + first.to(tl.int64) * V, 16)
+    lane = tl.arange(0, C)
+    offset = tl.arange(0, BLOCK)[:, None] * C + lane[None, :]
+    zero = tl.zeros([BLOCK, C], DTYPE)
+    whole = chunks // BLOCK * BLOCK
+    for chunk in tl.range(0, whole, BLOCK):
+        tl.store(chunk_ptr + chunk * C + offset, zero)
+    left = (whole + tl.arange(0, BLOCK) < chunks)[:, None]
+    tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
+    left = chunks * C + lane < classes
+    tl.store(chunk_ptr + chunks * C + lane, tl.zeros([C], DTYPE), mask=left)
+
+    hit = (target >= 0) & (target < V)
+    g, at_target, outside = list_gradient(
+        p, index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, weight_ptr, k,
+        label_smoothing, HAS_DLOSS, HAS_DLSE, HAS_DPROBS, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
+    tl.debug_barrier()
+    tl.store(dlogits_ptr + row * V + index, g.to(DTYPE), mask=kept)
+    tl.store(dlogits_ptr + row * V + target, at_target.to(DTYPE), mask=outside)
+
+
 @dataclass(frozen=True)
 class Selection:
     """How _fwd_kernel runs: its constexprs and warps."""
@@ -583,7 +718,7 @@ def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
     """The configuration of _fwd_kernel, or None for a row so short that it is sorted whole."""
     # room for ties at the bound; the power of two is all that kernels know of k at compile time
     size = max(32, triton.next_power_of_2(k + k // 4 + 16))
-    if num_classes <= max(128, size):
+    if num_classes <= max(512 // itemsize, size):
         return None
     for row in TUNING:
         if row.itemsize == itemsize and num_classes <= row.max_v and k <= row.max_k:
@@ -591,8 +726,17 @@ def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
     return Selection(size, row.nseg, row.piece, row.ncut, row.unroll, 128 * row.warps, row.warps)
 
 
-def sort_options(candidates: int) -> dict[str, int]:
-    """The configuration of _sort_kernel for that many candidates."""
+def few_options(num_classes: int, k: int) -> dict[str, int]:
+    """The configuration of _few_kernel."""
+    size = max(16, triton.next_power_of_2(num_classes))
+    top = min(size, max(16, triton.next_power_of_2(k)))
+    # of longer rows a tile would not fit registers
+    rows, number = (8, 1) if size <= 256 else (1, size // 256)
+    return {"SORT": size, "TOP": top, "ROWS": rows, **warps(number)}
+
+
+def merge_options(candidates: int) -> dict[str, int]:
+    """The configuration of _merge_kernel for that many candidates."""
     size = max(16, triton.next_power_of_2(candidates))
     return {"SORT": size, **warps(max(1, size // 256))}
 
@@ -600,6 +744,13 @@ def sort_options(candidates: int) -> dict[str, int]:
 def exact_options(size: int) -> dict[str, int]:
     """The configuration of _exact_kernel for SORT = size."""
     return {"SORT": size, "BLOCK": max(512, size), **warps(8)}
+
+
+def short_bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int] | None:
+    """The configuration of _short_bwd_kernel, where it is for such rows."""
+    if num_classes * itemsize > 2048 or k > 32:
+        return None
+    return {"K2": max(16, triton.next_power_of_2(k)), "ROWS": 8, "BLOCK": 128, **warps(1)}
 
 
 def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
@@ -639,10 +790,11 @@ def topk_ce_fwd(
     options = {"HAS_WEIGHT": weight is not None, "HAS_SMOOTHING": label_smoothing != 0}
     with on_device(logits):
         if fwd_selection(logits.element_size(), num_classes, k) is None:
-            options.update(SPLIT=False, **sort_options(num_classes))
-            _sort_kernel[(target.numel(),)](
-                *tensors, None, *row_strides(logits), 1, num_classes, k, label_smoothing, **options
-            )
+            few, rows, strides = few_options(num_classes, k), target.numel(), row_strides(logits)
+            _few_kernel[(triton.cdiv(rows, few["ROWS"]),)](
+                *tensors, *strides[:2], 1, strides[2], rows, num_classes, k, label_smoothing,
+                **few, **options,
+            )  # fmt: skip
         else:
             _launch_selection(tensors, k, label_smoothing, options)
     return loss, lse, indices, probs
@@ -652,7 +804,7 @@ def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-
     logits, rows, num_classes = tensors[0], tensors[1].numel(), tensors[0].shape[-1]
     parts, part_size = _parts(rows, num_classes, k)
     selection = fwd_selection(logits.element_size(), part_size, k)
-    exact, options = exact_options(selection.SORT), {**options, "SPLIT": parts > 1}
+    exact, split = exact_options(selection.SORT), {**options, "SPLIT": parts > 1}
     # of 2 lists each: more of them would outweigh all else that forward allocates
     programs = min(rows * parts, 256)
     best = logits.new_empty((rows, parts, k) if parts > 1 else 0, dtype=torch.int64)
@@ -661,16 +813,15 @@ def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-
     pending = logits.new_empty((rows, parts), dtype=torch.int32)
     lists = logits.new_empty((programs, 2 * exact["BLOCK"]), dtype=torch.int64)
     strides, sizes = row_strides(logits), (part_size, num_classes, k, label_smoothing)
-    options_fwd = {**selection.options(), "ALIGNED": is_aligned(logits), **options}
-    _fwd_kernel[(rows, parts)](
-        *tensors, best, found, pieces, pending, *strides, *sizes, **options_fwd
-    )
+    forward = {**selection.options(), "ALIGNED": is_aligned(logits), **split}
+    _fwd_kernel[(rows, parts)](*tensors, best, found, pieces, pending, *strides, *sizes, **forward)
     _exact_kernel[(programs,)](
-        *tensors, best, lists, pending, *strides, rows, parts, *sizes, **exact, **options
+        *tensors, best, lists, pending, *strides, rows, parts, *sizes, **exact, **split
     )
     if parts > 1:
-        merge = {**sort_options(parts * k), **options}
-        _sort_kernel[(rows,)](*tensors, best, *strides, parts, *sizes[1:], **merge)
+        _merge_kernel[(rows,)](
+            *tensors, best, *strides, parts, *sizes[1:], **merge_options(parts * k), **options
+        )
 
 
 def topk_ce_bwd(
@@ -690,16 +841,27 @@ def topk_ce_bwd(
     if rows == 0:
         return dlogits
     dloss, dlse, dprobs = (None if g is None else g.contiguous() for g in (dloss, dlse, dprobs))
-    chunks = num_classes * dlogits.element_size() // 16
-    parts = max(1, chunks // max(PART, 4 * k))
+    itemsize = dlogits.element_size()
+    above = (dloss, dlse, dprobs, target, indices, probs, weight, dlogits)
+    options = {
+        "HAS_DLOSS": dloss is not None,
+        "HAS_DLSE": dlse is not None,
+        "HAS_DPROBS": dprobs is not None,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_SMOOTHING": label_smoothing != 0,
+    }
     with on_device(probs):
-        _bwd_kernel[(rows * parts,)](
-            dloss, dlse, dprobs, target, indices, probs, weight, dlogits, parts,
-            triton.cdiv(chunks, parts), num_classes, k, label_smoothing,
-            HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None, HAS_DPROBS=dprobs is not None,
-            HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0,
-            **bwd_options(dlogits.element_size(), num_classes, k),
-        )  # fmt: skip
+        if short := short_bwd_options(itemsize, num_classes, k):
+            _short_bwd_kernel[(triton.cdiv(rows, short["ROWS"]),)](
+                *above, rows, num_classes, k, label_smoothing, **short, **options
+            )
+        else:
+            chunks = num_classes * itemsize // 16
+            parts = max(1, chunks // max(PART, 4 * k))
+            _bwd_kernel[(rows * parts,)](
+                *above, parts, triton.cdiv(chunks, parts), num_classes, k, label_smoothing,
+                **bwd_options(itemsize, num_classes, k), **options,
+            )  # fmt: skip
     return dlogits
 
 
