@@ -82,6 +82,9 @@ def streamed(kernel: str) -> tuple[str, ...] | None:
     load, store = "LDG.E.128", "STG.E.128"
     if kernel.startswith("cosine"):
         return (load,) if kernel.endswith(" 16") else None
+    if kernel.startswith(("gather", "piece", "segment")):
+        # those for rows of whole chunks
+        return None if kernel.split()[1] == "1" else (load,)
     return {
         "forward_long": (load,),
         "backward": (store,),
@@ -92,10 +95,7 @@ def streamed(kernel: str) -> tuple[str, ...] | None:
         "plif_ce_forward": (load,),
         "plif_ce_backward": (load, store),
         "reduce_forward": ("LDG.E.64",),  # targets
-        # of the two kinds, that for rows of whole chunks
-        "gather 1": (load,),
-        "piece 1": (load,),
-    }.get(kernel if kernel.startswith(("gather", "piece")) else kernel.split()[0])
+    }.get(kernel.split()[0])
 
 
 def at_once(kernel: str) -> dict[str, int]:

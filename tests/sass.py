@@ -56,12 +56,17 @@ class Report:
         )
 
     def in_flight(self, name: str) -> int:
-        """The most loads of that name that no addition of float32 stands between."""
-        most = run = 0
+        """The most loads of that name that no addition stands between."""
+        return max(self.batches(name), default=0)
+
+    def batches(self, name: str) -> list[int]:
+        """How many loads of that name there are from one addition to the next, where there are."""
+        runs = [0]
         for operation in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", self.sass):
-            run = 0 if operation.startswith(("FFMA", "FADD")) else run + (operation == name)
-            most = max(most, run)
-        return most
+            if operation.startswith(("FFMA", "FADD", "DFMA", "DADD")):
+                runs.append(0)
+            runs[-1] += operation == name
+        return [run for run in runs if run > 0]
 
     def per_chunk(self, name: str) -> float:
         """Instructions per thread and 16 bytes in the streaming loop."""

@@ -114,22 +114,37 @@ def test_chosen_kernels_of_labels_ce(dtype, classes, threads):
     assert found == [str(threads)] * 2
 
 
+ONE, MANY, ANYWHERE = "8 1", "8 4", "1 8"
+
+
 @pytest.mark.parametrize(
-    "width, begin, rows, aligned", [(24, 0, 300, True), (24, 1, 300, False), (20, 0, 51, False)]
+    "width, begin, rows, m, classes, gather, piece, segment",
+    [
+        (24, 0, 300, 5, 7, ONE, ONE, ONE),
+        (24, 1, 300, 5, 7, ANYWHERE, ANYWHERE, ANYWHERE),
+        (20, 0, 51, 5, 7, ANYWHERE, None, ANYWHERE),
+        (1024, 0, 1024, 1, 1023, MANY, ONE, ONE),
+        (1024, 0, 1023, 1, 1024, ONE, ONE, MANY),
+        (1024, 0, 1024, 256, 1024, MANY, MANY, MANY),
+        (1016, 0, 1024, 1, 1024, ONE, ONE, ONE),
+        (1024, 1, 1024, 1, 1024, ANYWHERE, ANYWHERE, ANYWHERE),
+    ],
 )
-def test_chosen_kernels_of_sparse_linear(width, begin, rows, aligned):
-    """Rows of whole chunks in memory are told from others; few pairs make no piece."""
+def test_chosen_kernels_of_sparse_linear(width, begin, rows, m, classes, gather, piece, segment):
+    """Columns of an access, and accesses of a thread: more where there are sums and columns enough.
+    Few pairs make no piece.
+    """
     hidden = torch.randn(rows * width + begin).bfloat16()[begin:].view(rows, width)
-    g, classes = torch.randn(rows, 5), torch.randint(7, (rows, 5), dtype=torch.int32)
+    g, index = torch.zeros(rows, m), torch.randint(min(rows, classes), (rows, m)).int()
     emulated_cuda.launched()
-    emulated_cuda.sparse_linear_dhidden(g, classes, hidden, torch.float32)
-    emulated_cuda.sparse_linear_dweight(g, classes, hidden, 7, torch.float32)
+    emulated_cuda.sparse_linear_dhidden(g, index, hidden, torch.float32)
+    emulated_cuda.sparse_linear_dweight(g, index, hidden, classes, torch.float32)
     found = [
-        re.search(r"([a-z]+)_kernel<\S+, (true|false)>", name).groups()
+        re.search(r"([a-z]+)_kernel<\S+, (\d+), (\d+)>", name).groups()
         for name in emulated_cuda.launched()
     ]
-    kernels = ["gather", *(["piece"] if rows * 5 >= 256 else []), "segment"]
-    assert found == [(kernel, str(aligned).lower()) for kernel in kernels]
+    kernels = {"gather": gather, "piece": piece, "segment": segment}
+    assert found == [(name, *form.split()) for name, form in kernels.items() if form]
 
 
 @pytest.mark.parametrize(
@@ -291,6 +306,8 @@ def test_sizes_out_of_range_are_refused_by_sparse_linear():
     assert_refused(emulated_cuda.Gather(tokens=1, m=0, width=5))
     assert_refused(emulated_cuda.Segments(pairs=2 * half, m=2, classes=5, width=5))
     assert_refused(emulated_cuda.Segments(pairs=5, m=1, classes=2 * half, width=5))
+    assert_refused(emulated_cuda.Gather(tokens=1, m=1, width=2**24))
+    assert_refused(emulated_cuda.Segments(pairs=5, m=1, classes=5, width=2**24))
     # float64 goes with float64 alone
     assert_refused(emulated_cuda.Gather(tokens=1, m=1, width=5, out_dtype=3))
 

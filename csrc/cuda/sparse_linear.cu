@@ -11,8 +11,8 @@ DECLARE_FOR_DTYPES(segment_rows, Segments);
 namespace {
 
 // Pairs are counted in 32 bits, rows are on x of the grid.
-bool possible(int64_t rows, int64_t pairs, int64_t m, Dtype source, Dtype out) {
-  return rows <= kMaxRows && pairs <= kMaxRows && m >= 1 &&
+bool possible(int64_t rows, int64_t pairs, int64_t m, int64_t width, Dtype source, Dtype out) {
+  return rows <= kMaxRows && pairs <= kMaxRows && m >= 1 && width <= kMaxWidth &&
          (source == Dtype::f64) == (out == Dtype::f64);
 }
 
@@ -25,14 +25,15 @@ int64_t scratch_bytes(const Segments& a) {
 
 cudaError_t gather(const Gather& a, cudaStream_t stream) {
   if (a.tokens == 0 || a.width == 0) return cudaSuccess;
-  if (!possible(a.tokens, a.tokens * a.m, a.m, a.source_dtype, a.out_dtype))
+  if (!possible(a.tokens, a.tokens * a.m, a.m, a.width, a.source_dtype, a.out_dtype))
     return cudaErrorInvalidValue;
   return by_dtype(a.source_dtype, [&](auto x) { return gather_rows<decltype(x)>(a, stream); });
 }
 
 cudaError_t add_segments(const Segments& a, cudaStream_t stream) {
   if (a.classes == 0 || a.width == 0) return cudaSuccess;
-  if (!possible(a.classes, a.pairs, a.m, a.source_dtype, a.out_dtype)) return cudaErrorInvalidValue;
+  if (!possible(a.classes, a.pairs, a.m, a.width, a.source_dtype, a.out_dtype))
+    return cudaErrorInvalidValue;
   return by_dtype(a.source_dtype, [&](auto x) { return segment_rows<decltype(x)>(a, stream); });
 }
 

@@ -17,7 +17,7 @@ struct Gather {
   Dtype source_dtype;
   int64_t tokens;  // pairs, tokens * m, are below 2^31
   int64_t m;
-  int64_t width;
+  int64_t width;    // at most 2^24 - 2^8
   void* out;        // (tokens, width), 16-byte aligned
   Dtype out_dtype;  // f64 if and only if the source is
 };
@@ -33,7 +33,7 @@ struct Segments {
   int64_t pairs;  // below 2^31
   int64_t m;
   int64_t classes;
-  int64_t width;
+  int64_t width;    // at most 2^24 - 2^8
   void* scratch;    // scratch_bytes, 16-byte aligned
   void* out;        // (classes, width), 16-byte aligned
   Dtype out_dtype;  // f64 if and only if the source is
