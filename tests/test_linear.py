@@ -206,6 +206,58 @@ def test_triton_adds_in_one_order_however_many_sums_there_are(
     torch.testing.assert_close(found[0][0].cpu().double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("chunks, m", [(127, 5), (128, 5), (129, 5), (513, 2)])
+def test_cuda_adds_in_one_order_however_many_sums_there_are(subject, dtype, chunks, m):
+    """A warp of the wide form has 128 chunks of 16 bytes, a block 512."""
+    if subject.backend != "cuda":
+        pytest.skip("it is about the CUDA kernels")
+    torch.manual_seed(0)
+    rows, classes, features = 1024, 1000, chunks * 16 // dtype.itemsize
+    g = torch.randn(rows, m, dtype=statistics(dtype))
+    g[::3, 0] = 0
+    index = torch.randint(classes, (rows, m), dtype=torch.int32)
+    index[:, 1] = 3  # three whole pieces and more
+    hidden, weight = torch.randn(rows, features).to(dtype), torch.randn(classes, features).to(dtype)
+    one_hot = torch.zeros(rows, classes, dtype=torch.double)
+    one_hot.scatter_add_(1, index.long(), g.double())
+    g, index, hidden, weight = (t.to(subject.device) for t in (g, index, hidden, weight))
+
+    def dhidden(some):
+        return ops.sparse_linear_dhidden(g[some], index[some], weight, g.dtype, subject.backend)
+
+    def dweight(count):
+        return ops.sparse_linear_dweight(g, index, hidden, count, g.dtype, subject.backend)
+
+    many, few = slice(rows), (slice(rows // 2), slice(rows // 2, rows))
+    assert torch.equal(dhidden(many), torch.cat([*map(dhidden, few)]))
+    assert torch.equal(dweight(rows)[:classes], dweight(classes))
+    assert not dweight(rows)[classes:].any()
+    for found, expected in (
+        (dhidden(many), one_hot @ weight.cpu().double()),
+        (dweight(rows)[:classes], one_hot.t() @ hidden.cpu().double()),
+    ):
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.interpreter
+def test_cuda_sums_many_pieces(subject, dtype):
+    """1024 of them, of integers: so the sums are exact."""
+    if subject.backend != "cuda":
+        pytest.skip("it is about the CUDA kernels")
+    torch.manual_seed(0)
+    rows, m, classes, features = 1024, 256, 1024, 2048 // dtype.itemsize
+    g = torch.randint(-1, 2, (rows, m)) * (torch.rand(rows, m) < 0.02)
+    index = (torch.arange(rows * m) // 5000).view(rows, m)
+    hidden = torch.randint(-8, 9, (rows, features))
+    expected = torch.zeros(rows, classes).scatter_add_(1, index, g.float()).t() @ hidden.float()
+    there = (g.to(statistics(dtype)), index.int(), hidden.to(dtype))
+    found = ops.sparse_linear_dweight(
+        *(t.to(subject.device) for t in there), classes, statistics(dtype), subject.backend
+    )
+    assert torch.equal(found.cpu().float(), expected)
+
+
 def test_two_runs_and_any_number_of_threads_agree_in_all_bits(subject):
     torch.manual_seed(0)
     g = torch.randn(3000, 5).to(subject.device)
