@@ -189,6 +189,7 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
     options = case.options()
     launch = {name: options.pop(name) for name in warps(1)}
+    few = ITEMSIZE[case.dtype] == 2 and case.num_classes < 1 << 16 and not options.get("SPLIT")
     signature = {}
     for parameter in kernel.params:
         name = parameter.name
@@ -198,6 +199,8 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
             signature[name] = TYPES[case.dtype]
         else:
             signature[name] = _ARGUMENTS.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+    if few and "found_ptr" in signature:
+        signature["found_ptr"] = "*i32"
     attributes = {}
     if module in (sparse_linear, cosine):
         aligned = (i for i, kind in enumerate(signature.values()) if kind[0] == "*")

@@ -46,20 +46,24 @@ def key_value(key, dtype: tl.constexpr):
         return bits.to(dtype, bitcast=True).to(tl.float32)
 
 
-@triton.jit
-def pack(key, index):
-    """int32 key and index -> int64 that descends in the order of the classes, all distinct."""
-    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+# A class of a row as one integer, which descends in the order of the classes, all distinct: of 64
+# bits, or of 32 where logits have 16 bits and classes are fewer than 2^16.
 
 
 @triton.jit
-def pack_few(key, index, dtype: tl.constexpr):
-    """The same of fewer than 2^16 classes: int32 where the logits have 16 bits."""
-    if dtype == tl.float32:
-        packed = pack(key, index)
+def pack(key, index, PACKED: tl.constexpr):
+    """int32 key and index."""
+    if PACKED == tl.int64:
+        packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
     else:
         packed = (key << 16) | (0xFFFF - index)
     return packed
+
+
+@triton.constexpr_function
+def lowest(packed):
+    """Below every packed class."""
+    return -(1 << packed.primitive_bitwidth - 1)
 
 
 @triton.jit

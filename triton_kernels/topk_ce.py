@@ -17,20 +17,21 @@ Saved for backward: indices and probs, 8 k bytes per row. Everything else of the
 from them, so backward never looks at the logits.
 
 Forward reads V * itemsize bytes per row and, of them, about 2 k / NSEG a second time; it writes 8 k
-+ 8. Scratch, 12 SORT + 12 bytes per row, stays in the caches. Backward reads 8 k bytes and writes V
-* itemsize.
++ 8. Scratch, up to 12 SORT + 12 bytes per row, stays in the caches. Backward reads 8 k bytes and
+writes V * itemsize.
 
 How forward finds S. The row is cut into chunks of 16 bytes; chunk q belongs to segment q mod NSEG.
 One streaming pass keeps the maximum of each place of each segment in registers: one packed maximum
 per 4 bytes, no index, no key, no shuffle. The k-th largest of these maxima, found by bisection on
 their keys, is a bound that at least k classes reach, and only the few pieces of segments whose
 maximum reaches it can hold one. They are listed and read again, and the classes that reach the
-bound are listed with their index as one 64-bit integer each, whose order is that of the classes.
-Sorting this list of k plus a few gives S; the order in which atomics filled it does not matter.
-Lists have an end and ties have none: a row that does not fit is left to _exact_kernel, which goes
-through it in the order of the index with a list that is sorted and cut to k when it is full. Its
-bound then excludes all further ties, so that a constant row costs one more reading and not V / k
-sorts.
+bound are listed with their index as one integer each, whose order is that of the classes. Sorting
+this list of k plus a few gives S; the order in which atomics filled it does not matter. Lists have
+an end and ties have none: a row that does not fit is left to _exact_kernel, which goes through it
+in the order of the index with a list that is sorted and cut to k when it is full. Its bound then
+excludes all further ties, so that a constant row costs one more reading and not V / k sorts.
+
+Where classes are few, all are sorted, several rows to a program.
 
 Why values alone in the streaming pass: a maximum of packed (key, chunk), which resolves ties at
 once, takes 20 instructions per 16 bytes, 64-bit keys for float32 included; this takes 5 to 7. Why
@@ -47,9 +48,9 @@ import triton.language as tl
 
 from .order import (
     key_value,
+    lowest,
     max_nan,
     pack,
-    pack_few,
     packed_index,
     packed_key,
     threshold,
@@ -66,7 +67,7 @@ from .rows import (
     warps,
 )
 
-# Below every packed class; above every key.
+# Below every packed class of 64 bits; above every key.
 LOWEST = tl.constexpr(-(1 << 63))
 SETTLED = tl.constexpr(0x7FFFFFFF)
 # Flags that a program of _exact_kernel looks at together.
@@ -134,7 +135,7 @@ def _select(
     logits_ptr,
     start,  # int64: of the V classes looked at
     first_index,  # of the first of them
-    found_ptr,  # (SORT) int64: gets the classes that reach the bound
+    found_ptr,  # (SORT) int32 or int64: gets the classes that reach the bound
     pieces_ptr,  # (SORT) int32 scratch
     count_ptr,  # (2) int32 scratch: lengths of pieces and found
     V,
@@ -185,12 +186,12 @@ def _select(
         at = piece[:, None] * PIECE + lane[None, :]
         key = value_key(tl.load(chunk_ptr + at, mask=valid[:, None], other=float("-inf")))
         keep = valid[:, None] & (key >= least)
-        packed = pack(key, at + (head + first_index))
+        packed = pack(key, at + (head + first_index), found_ptr.dtype.element_ty)
         _append(found_ptr, count_ptr + 1, packed, keep, SORT)
     if not ALIGNED:
         at_edge, inside = edges(head, chunks, V, C)
         key_edge = value_key(tl.load(row_ptr + at_edge, mask=inside, other=float("-inf")))
-        packed_edge = pack(key_edge, at_edge + first_index)
+        packed_edge = pack(key_edge, at_edge + first_index, found_ptr.dtype.element_ty)
         _append(found_ptr, count_ptr + 1, packed_edge, inside & (key_edge >= least), SORT)
     tl.debug_barrier()
     length = tl.where(listed, tl.load(count_ptr + 1, volatile=True), SORT + 1)
@@ -308,7 +309,7 @@ def _fwd_kernel(
     indices_ptr,  # (N, k) int32
     probs_ptr,  # (N, k) fp32
     best_ptr,  # (N, parts, k) int64: the result of each part, where rows are split
-    found_ptr,  # (N, parts, SORT) int64 scratch
+    found_ptr,  # (N, parts, SORT) int32 or int64 scratch
     pieces_ptr,  # (N, parts, SORT + 2) int32 scratch
     pending_ptr,  # (N, parts) int32: bound from which _exact_kernel goes on, or SETTLED
     stride_b: tl.int64,
@@ -342,7 +343,8 @@ def _fwd_kernel(
     tl.store(pending_ptr + job, tl.where(length > SORT, least, SETTLED))
     if length <= SORT:
         rank = tl.arange(0, SORT)
-        packed = tl.load(found_ptr + rank, mask=rank < length, other=LOWEST)
+        none = lowest(found_ptr.dtype.element_ty)
+        packed = tl.load(found_ptr + rank, mask=rank < length, other=none)
         packed = tl.sort(packed, descending=True)
         if SPLIT:
             tl.store(best_ptr + job * k + rank, packed, mask=rank < k)
@@ -367,7 +369,7 @@ def _best_from(
         index = first + block + tl.arange(0, BLOCK)
         inside = index < first + size
         key = value_key(tl.load(row_ptr + index, mask=inside, other=float("-inf")))
-        packed = tl.where(inside, pack(key, index), LOWEST)
+        packed = tl.where(inside, pack(key, index, tl.int64), LOWEST)
         more = tl.sum((packed >= floor).to(tl.int32), axis=0)
         if (length + more > LIST) | (block >= size):
             tl.debug_barrier()
@@ -504,7 +506,7 @@ def _few_kernel(
         index = place[None, :]
         at = start[:, None] + index * stride_v
     x = tl.load(logits_ptr + at, mask=index < V, other=float("-inf"))
-    packed = pack_few(value_key(x), index, x.dtype)
+    packed = pack(value_key(x), index, tl.int64 if x.dtype == tl.float32 else tl.int32)
     if ROWS_LAST:
         packed = tl.trans(packed)
     # no class follows those that are not there
@@ -808,7 +810,9 @@ def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-
     # of 2 lists each: more of them would outweigh all else that forward allocates
     programs = min(rows * parts, 256)
     best = logits.new_empty((rows, parts, k) if parts > 1 else 0, dtype=torch.int64)
-    found = logits.new_empty((rows, parts, selection.SORT), dtype=torch.int64)
+    few = logits.element_size() == 2 and num_classes < 1 << 16 and parts == 1
+    packed = torch.int32 if few else torch.int64
+    found = logits.new_empty((rows, parts, selection.SORT), dtype=packed)
     pieces = logits.new_empty((rows, parts, selection.SORT + 2), dtype=torch.int32)
     pending = logits.new_empty((rows, parts), dtype=torch.int32)
     lists = logits.new_empty((programs, 2 * exact["BLOCK"]), dtype=torch.int64)
