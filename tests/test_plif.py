@@ -261,6 +261,182 @@ def test_numbers_that_are_none(subject):
         assert dw.isnan().all()
 
 
+# what is made of w, and what w gets
+
+# a turn of a program on a GPU has 512 cells, and one begins at the middle
+CELLS = [1, 2, 3, 511, 512, 513, 1023, 1024, 1025, 1026, 5001, 100_000]
+
+
+def statistics(subject):
+    return [d for d in (torch.float32, torch.float64) if d in subject.dtypes]
+
+
+def power_of_two(total):
+    """That takes `total` to at most 2^60, and is the largest that does."""
+    mantissa, exponent = math.frexp(max(total, 2.0**-900))
+    return math.ldexp(1.0, 60 - exponent + (mantissa == 0.5))
+
+
+def offsets_of(slopes, bound):
+    """By Python's integers; and how far those may be that are added up as floats."""
+    cells, wide = len(slopes), slopes.double().tolist()
+    pairs = enumerate(itertools.pairwise(wide), 1)
+    steps = [(a - b) * ((2 * i - cells) * (bound / cells)) for i, (a, b) in pairs]
+    scale = power_of_two(max(map(abs, steps), default=0.0) * cells)
+    sums = [0, *itertools.accumulate(int(step * scale) for step in steps)]
+    offsets = torch.tensor([(x - sums[cells // 2]) / scale for x in sums], dtype=torch.float64)
+    # every partial sum is rounded; an integer is cut by up to 1
+    return offsets, cells * (2.0**-53 * sum(map(abs, steps)) + 1 / scale)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "dtype_of_w, cells",
+    [*itertools.product(backends.ALL_DTYPES, CELLS[:-1]), (torch.float32, CELLS[-1])],
+    ids=str,
+)
+def test_tables(subject, dtype_of_w, cells):
+    """Slopes: exp and log1p, or what stands for it, err by 8 units of float64 together; then they
+    are rounded to the dtype of w, and to that of the tables. The offsets that follow from these
+    slopes are exact but where floats are added up.
+    """
+    torch.manual_seed(cells)
+    w = (3 * torch.randn(cells)).clamp(-19, 19).to(dtype_of_w)
+    w[0], w[-1] = -200, 12
+    for dtype in statistics(subject):
+        found = ops.plif_tables(w.to(subject.device), 3.1, dtype, subject.backend)
+        slopes, offsets = (t.cpu() for t in found)
+        assert slopes.dtype == offsets.dtype == dtype
+        expected = torch.logaddexp(w.double(), torch.zeros(()).double())
+        units = [torch.finfo(d).eps / 2 for d in (dtype_of_w, dtype)]
+        least = sum(torch.finfo(d).smallest_normal for d in (dtype_of_w, dtype))
+        assert_within("slopes", slopes, expected, (sum(units) + 8 * 2.0**-52) * expected + least)
+        assert (slopes > 0).all()
+        expected, tolerance = offsets_of(slopes, 3.1)
+        if subject.backend == "cpu":
+            rounding = units[1] * expected.abs()
+            assert_within("offsets", offsets, expected, tolerance + rounding)
+        else:
+            assert torch.equal(offsets, expected.to(dtype))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_tables_of_no_number(subject, wrong):
+    """A slope is none, and no offset that its step is in."""
+    for cells, place in ((3, 0), (1030, 700)):
+        w = torch.zeros(cells)
+        w[place] = wrong
+        slopes, offsets = ops.plif_tables(w.to(subject.device), 3.0, torch.float32, subject.backend)
+        assert slopes.isfinite().sum() == cells - 1 and not slopes[place].isfinite()
+        if subject.backend != "cpu":  # there it is in those of one side
+            assert offsets.isnan().all()
+    slopes, offsets = ops.plif_tables(
+        torch.full((1,), wrong, device=subject.device), 3.0, torch.float32, subject.backend
+    )
+    assert not slopes.isfinite().any() and offsets.tolist() == [0]
+
+
+def scale_of(subject, dloss, dlse, dprobs, target, weight, lse):
+    given = (None if t is None else t.to(subject.device) for t in (dloss, dlse, dprobs, target))
+    rest = (None if t is None else t.to(subject.device) for t in (weight, lse))
+    scale = ops.plif_scale(*given, *rest, 7, subject.backend)
+    assert scale.dtype == torch.float64 and scale.shape == ()
+    return scale.item()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize("which", ["a", "b", "q", "ab", "abq"])
+@pytest.mark.parametrize("rows, k", [(0, 3), (1, 1), (5, 40), (1025, 3), (16385, 2)])
+def test_scale(subject, rows, k, which, weighted):
+    """Exact: of float32 no product is rounded in float64, and what is summed has one order. Of the
+    rows 16384 are those of one program.
+    """
+    torch.manual_seed(rows)
+    target = torch.randint(-2, 9, (rows,))
+    for dtype in statistics(subject):
+        weight = 3 * torch.rand(7, dtype=dtype) - 2 if weighted else None
+        shapes = {"a": (rows,), "b": (rows,), "q": (rows, k)}
+        above = [torch.randn(s, dtype=dtype) if n in which else None for n, s in shapes.items()]
+        lse = torch.randn(rows, k, dtype=dtype)[:, 0]
+        a, b, q = (None if t is None else t.double().abs() for t in above)
+        most = torch.zeros(rows).double() if b is None else b
+        if q is not None:
+            most = most + 2 * q.amax(-1)
+        if a is not None:
+            at_most = 2 * (1.0 if weight is None else weight.double().abs().max())
+            most = most + at_most * a * ((target >= 0) & (target < 7))
+        total = rows * max(most.tolist(), default=0.0)
+        assert scale_of(subject, *above, target, weight, lse) == power_of_two(total)
+
+
+@pytest.mark.interpreter
+def test_scale_of_powers_of_two(subject):
+    """And of the floats beside them; of zeros; of an expanded gradient, as of a sum."""
+    target = torch.arange(8).view(2, 4) % 7
+    lse = torch.zeros(2, 4)
+    for exponent in (-140, -30, 0, 60, 120):
+        power = torch.tensor(2.0**exponent)
+        for to in (0.0, 2.0**exponent, math.inf):
+            dlse = torch.nextafter(power, torch.tensor(to)).expand(2, 4)
+            expected = power_of_two(8 * dlse[0, 0].item())
+            assert scale_of(subject, None, dlse, None, target, None, lse) == expected
+    zeros = torch.zeros(2, 4)
+    assert scale_of(subject, zeros, None, None, target, None, lse) == 2.0**960
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_scale_of_no_number(subject, wrong):
+    """Wherever one is that a gradient is made of; elsewhere it does not matter."""
+    rows = torch.tensor([0, 3, 7, -100])  # the last two are no classes
+    one, zero = torch.ones(4), torch.zeros(4)
+    for place in range(4):
+        above, q = one.clone(), torch.ones(4, 3)
+        above[place] = q[place, 1] = wrong
+        found = scale_of(subject, above, None, None, rows, None, zero)
+        assert math.isnan(found) if place < 2 else found == 2.0**57
+        assert math.isnan(scale_of(subject, None, above, None, rows, None, zero))
+        assert math.isnan(scale_of(subject, one, None, q, rows, None, zero))
+        assert math.isnan(scale_of(subject, zero, one, None, rows, None, above))
+        alone = zero.clone()
+        alone[1] = 1
+        found = scale_of(subject, alone, None, None, rows, None, above)
+        assert math.isnan(found) if place == 1 else found == 2.0**57
+    weight = torch.ones(7)
+    weight[4] = wrong
+    assert math.isnan(scale_of(subject, one, None, None, rows, weight, zero))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("cells", CELLS)
+def test_dslopes(subject, cells):
+    """By Python's integers, whose sums reach 2^60: exact."""
+    torch.manual_seed(cells)
+    largest = 2**60 // cells
+    sums = torch.randint(-largest, largest, (cells, 2))
+    outside = torch.tensor([0.37, -1.3]).double()
+    masses, moments = sums.T.tolist()
+    before, total = list(itertools.accumulate(masses)), sum(masses)
+    exact = [
+        float(m - b + (total if i >= cells // 2 else 0))
+        for i, (m, b) in enumerate(zip(moments, before, strict=True))
+    ]
+    if cells % 2:
+        exact[cells // 2] -= float(total) / 2
+    expected = torch.tensor(exact, dtype=torch.float64) * (2 * 3.1 / cells / 2.0**41)
+    expected[0] += outside[0]
+    expected[-1] += outside[1]
+    scale = torch.tensor(2.0**41).double()
+    sums, outside, scale = (t.to(subject.device) for t in (sums, outside, scale))
+    for dtype in statistics(subject):
+        found = ops.plif_dslopes(sums, outside, scale, 3.1, dtype, subject.backend)
+        assert torch.equal(found.cpu(), expected.to(dtype))
+        found = ops.plif_dslopes(sums, outside, scale * math.nan, 3.1, dtype, subject.backend)
+        assert found.isnan().all()
+
+
 # before the softmax
 
 KEPT = {"dense": None, "list": 20, "large": 1100, "list of all": 1200}

@@ -257,8 +257,10 @@ Tensor plif_scale(const std::optional<Tensor>& dloss, const std::optional<Tensor
   };
   double total = lse.scalar_type() == at::kDouble ? largest_of(double{}) : largest_of(float{});
   total *= static_cast<double>(target.numel());
+  int exponent = 0;
+  const double mantissa = std::frexp(std::max(total, 0x1p-900), &exponent);
   *scale.mutable_data_ptr<double>() =
-      std::exp2(60 - std::ceil(std::log2(std::max(total, 0x1p-900)))) + 0 * total;
+      std::ldexp(1.0, 60 - exponent + (mantissa == 0.5 ? 1 : 0)) + 0 * total;
   return scale;
 }
 

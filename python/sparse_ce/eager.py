@@ -388,19 +388,20 @@ def plif_scale(
     lse: Tensor,
     num_classes: int,
 ) -> Tensor:
-    above = torch.zeros_like(lse) if dlse is None else dlse.abs()
+    # in float64, where products of float32 are not rounded
+    above = torch.zeros_like(lse, dtype=torch.float64) if dlse is None else dlse.double().abs()
     if dprobs is not None:
-        above = above + 2 * dprobs.abs().amax(-1)
+        above = above + 2 * dprobs.abs().amax(-1).double()
     if dloss is not None:
         hit = (target >= 0) & (target < num_classes)
         # a loss moves its weights to the target, or away from it: twice their sum
-        at_most = 1.0 if weight is None else weight.abs().amax()
-        above = above + 2 * at_most * torch.where(hit, dloss.abs(), 0)
+        at_most = 1.0 if weight is None else weight.abs().amax().double()
+        above = above + torch.where(hit, 2 * at_most * dloss.abs().double(), 0)
     # the gradient of a row whose log-sum-exp is not finite is NaN
     finite = torch.where(lse.isfinite() | (above == 0), above, torch.nan)
     # a maximum has no order of additions
     largest = finite.amax() if finite.numel() else finite.sum()
-    return fixed_point(largest.double() * finite.numel())
+    return fixed_point(largest * finite.numel())
 
 
 def plif_dslopes(

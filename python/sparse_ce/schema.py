@@ -277,7 +277,10 @@ def fixed_point(total: torch.Tensor) -> torch.Tensor:
     Integers, unlike floats, add up to the same bits in any order. Of NaN and infinity the scale is
     NaN, and so is what is divided by it.
     """
-    return torch.exp2(60 - total.double().clamp(min=2.0**-900).log2().ceil()) + 0 * total
+    # from the bits: a logarithm is rounded, and a power of two is as each device computes it
+    bits = total.double().clamp(min=2.0**-900).view(torch.int64)
+    exponent = (bits + 0xFFFFFFFFFFFFF) >> 52  # rounded up
+    return ((2 * 1023 + 60 - exponent) << 52).view(torch.float64) + 0 * total
 
 
 # The library is loaded before the definitions: a stale one that brings implementations of other
