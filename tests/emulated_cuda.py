@@ -219,6 +219,37 @@ class PlifTopkBackward(ctypes.Structure):
     ]
 
 
+class PlifTables(ctypes.Structure):
+    _fields_ = [
+        ("w", ctypes.c_void_p),
+        ("w_dtype", ctypes.c_int),
+        ("cells", ctypes.c_int64),
+        ("bound", ctypes.c_double),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("scratch", "slopes", "offsets")),
+    ]
+
+
+class PlifScale(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dloss", "dlse", "dprobs")),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("target", "at_most", "lse")),
+        *((name, ctypes.c_int64) for name in ("lse_stride", "rows", "k", "classes")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "scale")),
+    ]
+
+
+class PlifDslopes(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("sums", "outside", "scale")),
+        ("cells", ctypes.c_int64),
+        ("bound", ctypes.c_double),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("scratch", "dslopes")),
+    ]
+
+
 class ReduceForward(ctypes.Structure):
     _fields_ = [
         ("loss", ctypes.c_void_p),
@@ -257,6 +288,9 @@ _LAUNCHES = {
     PlifCeBackward: "plif_ce_backward",
     PlifTopkForward: "plif_topk_ce_forward",
     PlifTopkBackward: "plif_topk_ce_backward",
+    PlifTables: "plif_tables",
+    PlifScale: "plif_scale",
+    PlifDslopes: "plif_dslopes",
     ReduceForward: "reduce_forward",
     ReduceBackward: "reduce_backward",
 }
@@ -266,7 +300,8 @@ _LAUNCHES = {
 def _library() -> ctypes.CDLL:
     kernels = sorted(emulation.KERNELS.glob("*.cu"))
     library = ctypes.CDLL(str(emulation.build(emulation.HEADERS / "emulated.cpp", *kernels)))
-    for stem in ("topk_ce", "sparse_linear", "reduce"):
+    tables = ("plif_tables", "plif_scale", "plif_dslopes")
+    for stem in ("topk_ce", "sparse_linear", "reduce", *tables):
         getattr(library, f"{stem}_scratch_bytes").restype = ctypes.c_int64
     for stem in ("plif", "plif_ce", "plif_topk_ce"):
         getattr(library, f"{stem}_outside_parts").restype = ctypes.c_int64
@@ -521,6 +556,60 @@ def cosine_bwd(
     run(CosineBackward(above.data_ptr(), *given, *map(_pointer, (by_output, by_target, doutput))))
     outputs.check()
     return doutput
+
+
+def _run_with_scratch(arguments: PlifTables | PlifScale | PlifDslopes, outputs: _Outputs) -> None:
+    size = getattr(_library(), f"{_LAUNCHES[type(arguments)]}_scratch_bytes")
+    scratch = outputs.new((size(ctypes.byref(arguments)),), torch.uint8)
+    arguments.scratch = scratch.data_ptr()
+    run(arguments)
+    outputs.check()
+
+
+def plif_tables(w: Tensor, bound: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    learnt, outputs = w.contiguous(), _Outputs()
+    slopes, offsets = (outputs.new(tuple(w.shape), dtype) for _ in range(2))
+    arguments = PlifTables(
+        learnt.data_ptr(), _DTYPES.index(w.dtype), len(w), bound, _DTYPES.index(dtype), None,
+        *map(_pointer, (slopes, offsets)),
+    )  # fmt: skip
+    _run_with_scratch(arguments, outputs)
+    return slopes, offsets
+
+
+def plif_scale(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    num_classes: int,
+) -> Tensor:
+    above = [None if d is None else d.contiguous() for d in (dloss, dlse, dprobs)]
+    at_most = None if weight is None else torch.linalg.vector_norm(weight, torch.inf)
+    rows, outputs = lse.reshape(-1), _Outputs()
+    scale = outputs.new((), torch.float64)
+    arguments = PlifScale(
+        *map(_pointer, above), _DTYPES.index(lse.dtype), *map(_pointer, (target, at_most, rows)),
+        rows.stride(0), target.numel(), 0 if dprobs is None else dprobs.shape[-1], num_classes,
+        None, scale.data_ptr(),
+    )  # fmt: skip
+    _run_with_scratch(arguments, outputs)
+    return scale
+
+
+def plif_dslopes(
+    cells: Tensor, outside: Tensor, scale: Tensor, bound: float, dtype: torch.dtype
+) -> Tensor:
+    outputs = _Outputs()
+    dslopes = outputs.new((len(cells),), dtype)
+    arguments = PlifDslopes(
+        *map(_pointer, (cells, outside, scale)), len(cells), bound, _DTYPES.index(dtype), None,
+        dslopes.data_ptr(),
+    )  # fmt: skip
+    _run_with_scratch(arguments, outputs)
+    return dslopes
 
 
 def _lines(slopes: Tensor, offsets: Tensor) -> Tensor:

@@ -213,6 +213,48 @@ def test_chosen_kernels_of_plif_on_lists(k, threads):
     assert emulated_cuda.outside_parts(emulated_cuda.PlifTopkBackward()) == 0
 
 
+@pytest.mark.parametrize("cells", [1, 523_264, 523_265, 1_046_529])
+def test_chosen_kernels_of_plif_on_cells(cells):
+    """Whatever their number. From 523265 on, 512 times 1022 and one, a block takes turns."""
+    torch.manual_seed(cells)
+    w, scale = torch.randn(cells), torch.tensor(2.0**20).double()
+    sums, outside = torch.randint(-(2**20), 2**20, (cells, 2)), torch.randn(2).double()
+    emulated_cuda.launched()
+    slopes, offsets = emulated_cuda.plif_tables(w, 3.0, torch.float32)
+    dslopes = emulated_cuda.plif_dslopes(sums, outside, scale, 3.0, torch.float64)
+    names = [re.search(r"plif_([a-z]+)_kernel", name)[1] for name in emulated_cuda.launched()]
+    assert names == ["slopes", "steps", "offsets", "masses", "dslopes"]
+    expected = eager.plif_tables(w, 3.0, torch.float32)
+    # an ulp of float64 is seen in float32 once in 2^29 numbers
+    assert torch.equal(slopes, expected[0]) and torch.equal(offsets, expected[1])
+    assert torch.equal(dslopes, eager.plif_dslopes(sums, outside, scale, 3.0, torch.float64))
+
+
+@pytest.mark.parametrize(
+    "rows, k, kernels",
+    [
+        (0, None, ["scale 1"]),
+        (16384, None, ["scale 1"]),
+        (16385, None, ["scale 1", "scale_join 128"]),
+        # blocks take turns, the last of them not whole
+        (128 * 1024 * 3 + 5, None, ["scale 1", "scale_join 128"]),
+        (819, 20, ["scale 32"]),
+        (820, 20, ["scale 32", "scale_join 128"]),
+    ],
+)
+def test_chosen_kernels_of_the_scale(rows, k, kernels):
+    """One launch, or two; a warp to a row where its probabilities have gradients."""
+    target, lse = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    dloss, dprobs = torch.rand(rows), None if k is None else torch.randn(rows, k)
+    if rows:
+        dloss[-1] = 1  # the largest comes last
+    emulated_cuda.launched()
+    scale = emulated_cuda.plif_scale(dloss, None, dprobs, target, None, lse, 5)
+    found = [re.search(r"plif_(\w+)_kernel<\D*(\d+)", n) for n in emulated_cuda.launched()]
+    assert [" ".join(match.groups()) for match in found] == kernels
+    assert scale == eager.plif_scale(dloss, None, dprobs, target, None, lse, 5)
+
+
 @pytest.mark.parametrize("begins", [(0, 0), (1, 0), (0, 3)])
 def test_elements_of_plif_begin_anywhere(begins):
     """In memory: neither of the two, x or dy, at 16 bytes changes a bit."""
@@ -356,6 +398,17 @@ def test_more_elements_of_plif_than_a_grid_has_are_refused():
     f, too_many = emulated_cuda.Plif(None, 9, 3.0), 2**31 * 1024
     assert_refused(emulated_cuda.PlifForward(f, elements=too_many))
     assert_refused(emulated_cuda.PlifBackward(f, elements=too_many))
+
+
+@pytest.mark.parametrize(
+    "cells, bound, dtype", [(0, 3.0, 0), (2**24 + 1, 3.0, 0), (9, 0.0, 0), (9, 3.0, 1)]
+)
+def test_what_tables_and_dslopes_of_plif_refuse(cells, bound, dtype):
+    """Tables of 16 bits too."""
+    assert_refused(emulated_cuda.PlifTables(cells=cells, bound=bound, dtype=dtype))
+    assert_refused(emulated_cuda.PlifDslopes(cells=cells, bound=bound, dtype=dtype))
+    if dtype:
+        assert_refused(emulated_cuda.PlifScale(dtype=dtype))
 
 
 def assert_refused(arguments):

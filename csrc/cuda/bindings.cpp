@@ -4,6 +4,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/sum.h>
@@ -13,6 +14,7 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -223,6 +225,71 @@ template <class Backward> std::tuple<Tensor, Tensor> add_sums(Backward& argument
   return {cells, outside};
 }
 
+std::tuple<Tensor, Tensor> plif_tables(const Tensor& w, double bound, at::ScalarType dtype) {
+  const c10::DeviceGuard guard(w.device());
+  const Tensor learnt = w.contiguous(), slopes = at::empty(w.sizes(), w.options().dtype(dtype)),
+               offsets = at::empty(w.sizes(), slopes.options());
+  cuda::PlifTables arguments{learnt.const_data_ptr(),
+                             dtype_of<cuda::Dtype>(w.scalar_type()),
+                             w.numel(),
+                             bound,
+                             dtype_of<cuda::Dtype>(dtype),
+                             nullptr,
+                             slopes.data_ptr(),
+                             offsets.data_ptr()};
+  const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), w);
+  arguments.scratch = scratch.data_ptr();
+  check_launch(cuda::make_tables(arguments, current_stream(w.device())), w.numel(), " cells");
+  return {slopes, offsets};
+}
+
+Tensor plif_scale(const std::optional<Tensor>& dloss, const std::optional<Tensor>& dlse,
+                  const std::optional<Tensor>& dprobs, const Tensor& target,
+                  const std::optional<Tensor>& weight, const Tensor& lse, int64_t num_classes) {
+  const c10::DeviceGuard guard(lse.device());
+  const auto dloss_rows = contiguous(dloss), dlse_rows = contiguous(dlse),
+             dprobs_rows = contiguous(dprobs);
+  const Tensor rows = lse.reshape({-1}), scale = at::empty({}, lse.options().dtype(at::kDouble));
+  std::optional<Tensor> at_most;
+  if (weight) at_most = at::linalg_vector_norm(*weight, std::numeric_limits<double>::infinity());
+  cuda::PlifScale arguments{};
+  arguments.dloss = pointer(dloss_rows);
+  arguments.dlse = pointer(dlse_rows);
+  arguments.dprobs = pointer(dprobs_rows);
+  arguments.dtype = dtype_of<cuda::Dtype>(lse.scalar_type());
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.at_most = pointer(at_most);
+  arguments.lse = rows.const_data_ptr();
+  arguments.lse_stride = rows.stride(0);
+  arguments.rows = target.numel();
+  arguments.k = dprobs ? dprobs->size(-1) : 0;
+  arguments.classes = num_classes;
+  arguments.scale = scale.mutable_data_ptr<double>();
+  const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), lse);
+  arguments.scratch = scratch.data_ptr();
+  check_launch(cuda::find_scale(arguments, current_stream(lse.device())), target.numel(), " rows");
+  return scale;
+}
+
+Tensor plif_dslopes(const Tensor& cells, const Tensor& outside, const Tensor& scale, double bound,
+                    at::ScalarType dtype) {
+  const c10::DeviceGuard guard(cells.device());
+  const Tensor dslopes = at::empty({cells.size(0)}, cells.options().dtype(dtype));
+  cuda::PlifDslopes arguments{cells.const_data_ptr<int64_t>(),
+                              outside.const_data_ptr<double>(),
+                              scale.const_data_ptr<double>(),
+                              cells.size(0),
+                              bound,
+                              dtype_of<cuda::Dtype>(dtype),
+                              nullptr,
+                              dslopes.data_ptr()};
+  const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), cells);
+  arguments.scratch = scratch.data_ptr();
+  check_launch(cuda::make_dslopes(arguments, current_stream(cells.device())), cells.size(0),
+               " cells");
+  return dslopes;
+}
+
 Tensor plif_fwd(const Tensor& x, const Tensor& slopes, const Tensor& offsets, double bound) {
   const c10::DeviceGuard guard(x.device());
   const Tensor lines = lines_of(slopes, offsets, x), y = at::empty_like(x);
@@ -411,6 +478,9 @@ TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
   m.impl("threshold_ce_bwd", sparse_ce::threshold_ce_bwd);
   m.impl("labels_ce_fwd", sparse_ce::labels_ce_fwd);
   m.impl("labels_ce_bwd", sparse_ce::labels_ce_bwd);
+  m.impl("plif_tables", sparse_ce::plif_tables);
+  m.impl("plif_scale", sparse_ce::plif_scale);
+  m.impl("plif_dslopes", sparse_ce::plif_dslopes);
   m.impl("plif_fwd", sparse_ce::plif_fwd);
   m.impl("plif_bwd", sparse_ce::plif_bwd);
   m.impl("plif_ce_fwd", sparse_ce::plif_ce_fwd);

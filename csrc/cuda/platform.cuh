@@ -189,6 +189,12 @@ template <class V> __device__ __forceinline__ V load_constant(const V* from) {
   TWIN(return *from;)
 }
 
+// Rounded by itself, whatever is added to it.
+__device__ __forceinline__ double product(double a, double b) {
+  PTX(return __dmul_rn(a, b);)
+  TWIN(return a * b;)
+}
+
 // CUDA adds 64 bits without a sign only; the sum has the same bits.
 __device__ __forceinline__ void add_atomically(int64_t* to, int64_t x) {
   using Bits = unsigned long long;

@@ -2,6 +2,7 @@
 #include "plif.cuh"
 
 #include "dtypes.cuh"
+#include "plif_tables.cuh"
 
 namespace sparse_ce::cuda {
 
@@ -11,6 +12,13 @@ DECLARE_FOR_DTYPES(forward_rows, PlifCeForward);
 DECLARE_FOR_DTYPES(backward_rows, PlifCeBackward);
 DECLARE_FOR_DTYPES(forward_rows, PlifTopkForward);
 DECLARE_FOR_DTYPES(backward_rows, PlifTopkBackward);
+
+extern template cudaError_t tables_of<float>(const PlifTables&, cudaStream_t);
+extern template cudaError_t tables_of<double>(const PlifTables&, cudaStream_t);
+extern template cudaError_t scale_of<float>(const PlifScale&, cudaStream_t);
+extern template cudaError_t scale_of<double>(const PlifScale&, cudaStream_t);
+extern template cudaError_t dslopes_of<float>(const PlifDslopes&, cudaStream_t);
+extern template cudaError_t dslopes_of<double>(const PlifDslopes&, cudaStream_t);
 
 namespace {
 
@@ -26,6 +34,12 @@ template <class F> bool possible(const F& f) {
 bool possible(const Plif& f, Dtype dtype, int64_t elements) {
   return possible(f) && elements <= kMaxRows * elements_of_block(dtype);
 }
+
+constexpr int64_t kBytes = sizeof(int64_t);  // of what a part has found
+
+// Of statistics.
+bool is_wide(Dtype dtype) { return dtype == Dtype::f64; }
+bool is_statistic(Dtype dtype) { return dtype == Dtype::f32 || is_wide(dtype); }
 
 bool possible(const Plif& f, const Rows& logits) {
   return possible(f) && in_range(logits.count, logits.classes);
@@ -46,6 +60,19 @@ int64_t outside_parts(const PlifCeBackward& a) {
 }
 
 int64_t outside_parts(const PlifTopkBackward& a) { return a.list.count; }
+
+int64_t scratch_bytes(const PlifTables& a) {
+  return possible(a) ? 2 * kBytes * CellParts(a.cells, a.bound).count : 0;
+}
+
+int64_t scratch_bytes(const PlifScale& a) {
+  const int64_t parts = parts_of(a);
+  return parts == 1 ? 0 : kBytes * parts;
+}
+
+int64_t scratch_bytes(const PlifDslopes& a) {
+  return possible(a) ? kBytes * CellParts(a.cells, a.bound).count : 0;
+}
 
 cudaError_t forward(const PlifForward& a, cudaStream_t stream) {
   if (a.elements == 0) return cudaSuccess;
@@ -88,6 +115,22 @@ cudaError_t backward(const PlifTopkBackward& a, cudaStream_t stream) {
   if (!possible(a.f) || !in_range(a.list.count, a.list.classes, a.list.k))
     return cudaErrorInvalidValue;
   return by_dtype(a.list.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
+}
+
+cudaError_t make_tables(const PlifTables& a, cudaStream_t stream) {
+  if (!possible(a) || !is_statistic(a.dtype)) return cudaErrorInvalidValue;
+  return is_wide(a.dtype) ? tables_of<double>(a, stream) : tables_of<float>(a, stream);
+}
+
+// Without a row too.
+cudaError_t find_scale(const PlifScale& a, cudaStream_t stream) {
+  if (!is_statistic(a.dtype)) return cudaErrorInvalidValue;
+  return is_wide(a.dtype) ? scale_of<double>(a, stream) : scale_of<float>(a, stream);
+}
+
+cudaError_t make_dslopes(const PlifDslopes& a, cudaStream_t stream) {
+  if (!possible(a) || !is_statistic(a.dtype)) return cudaErrorInvalidValue;
+  return is_wide(a.dtype) ? dslopes_of<double>(a, stream) : dslopes_of<float>(a, stream);
 }
 
 }  // namespace sparse_ce::cuda

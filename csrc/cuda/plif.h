@@ -92,10 +92,54 @@ struct PlifTopkBackward {
   PlifSums sums;
 };
 
+// Slopes and offsets from what is learnt.
+struct PlifTables {
+  const void* w;  // (cells)
+  Dtype w_dtype;
+  int64_t cells;  // at most 2^24
+  double bound;
+  Dtype dtype;    // f32 or f64, of slopes and offsets
+  void* scratch;  // scratch_bytes, 8-byte aligned
+  void* slopes;   // (cells)
+  void* offsets;  // (cells)
+};
+
+// The scale of PlifSums from the gradients of loss, lse and probs.
+struct PlifScale {
+  const void* dloss;      // (N) or null
+  const void* dlse;       // (N) or null
+  const void* dprobs;     // (N, k) or null
+  Dtype dtype;            // f32 or f64, of all but targets and scale
+  const int64_t* target;  // (N)
+  const void* at_most;    // (), the largest |weight|; or null, without weight
+  const void* lse;        // (N), lse_stride apart
+  int64_t lse_stride;
+  int64_t rows;
+  int64_t k;
+  int64_t classes;
+  void* scratch;  // scratch_bytes, 8-byte aligned
+  double* scale;  // ()
+};
+
+// The gradient of the slopes from what backward has summed.
+struct PlifDslopes {
+  const int64_t* sums;    // (cells, 2)
+  const double* outside;  // (2)
+  const double* scale;    // ()
+  int64_t cells;          // at most 2^24
+  double bound;
+  Dtype dtype;    // f32 or f64
+  void* scratch;  // scratch_bytes, 8-byte aligned
+  void* dslopes;  // (cells)
+};
+
 // Of the arguments, all but the pointers are looked at.
 int64_t outside_parts(const PlifBackward& arguments);
 int64_t outside_parts(const PlifCeBackward& arguments);
 int64_t outside_parts(const PlifTopkBackward& arguments);
+int64_t scratch_bytes(const PlifTables& arguments);
+int64_t scratch_bytes(const PlifScale& arguments);  // and whether there are dprobs
+int64_t scratch_bytes(const PlifDslopes& arguments);
 
 // All return before the kernels have run; what they return is the error of the launch, cudaErrorInvalidValue for sizes that
 // are out of range.
@@ -105,5 +149,8 @@ cudaError_t forward(const PlifCeForward& arguments, cudaStream_t stream);
 cudaError_t backward(const PlifCeBackward& arguments, cudaStream_t stream);
 cudaError_t forward(const PlifTopkForward& arguments, cudaStream_t stream);
 cudaError_t backward(const PlifTopkBackward& arguments, cudaStream_t stream);
+cudaError_t make_tables(const PlifTables& arguments, cudaStream_t stream);
+cudaError_t find_scale(const PlifScale& arguments, cudaStream_t stream);
+cudaError_t make_dslopes(const PlifDslopes& arguments, cudaStream_t stream);
 
 }  // namespace sparse_ce::cuda

@@ -88,6 +88,18 @@ extern "C" const char* plif_topk_ce_forward(const PlifTopkForward* a) {
 extern "C" const char* plif_topk_ce_backward(const PlifTopkBackward* a) {
   return error_of([&] { return backward(*a, nullptr); });
 }
+extern "C" int64_t plif_tables_scratch_bytes(const PlifTables* a) { return scratch_bytes(*a); }
+extern "C" const char* plif_tables(const PlifTables* a) {
+  return error_of([&] { return make_tables(*a, nullptr); });
+}
+extern "C" int64_t plif_scale_scratch_bytes(const PlifScale* a) { return scratch_bytes(*a); }
+extern "C" const char* plif_scale(const PlifScale* a) {
+  return error_of([&] { return find_scale(*a, nullptr); });
+}
+extern "C" int64_t plif_dslopes_scratch_bytes(const PlifDslopes* a) { return scratch_bytes(*a); }
+extern "C" const char* plif_dslopes(const PlifDslopes* a) {
+  return error_of([&] { return make_dslopes(*a, nullptr); });
+}
 extern "C" int64_t reduce_scratch_bytes(const ReduceForward* a) { return scratch_bytes(*a); }
 extern "C" const char* reduce_forward(const ReduceForward* a) {
   return error_of([&] { return forward(*a, nullptr); });
