@@ -19,6 +19,7 @@ from sparse_ce.triton_kernels import (
     cosine,
     labels_ce,
     plif,
+    plif_tables,
     reduce,
     sparse_linear,
     threshold_ce,
@@ -52,6 +53,12 @@ _ARGUMENTS = {
     "cells_ptr": "*i64",
     "outside_ptr": "*fp64",
     "scale_ptr": "*fp64",
+    "maxima_ptr": "*i64",
+    "parts_ptr": "*i64",
+    "lse_stride": "i64",
+    "unit": "fp64",
+    "tiny": "fp64",
+    "width": "fp64",
     "bound": "fp32",
     "rate": "fp32",
     "cut_index_ptr": "*i32",
@@ -63,7 +70,7 @@ _ARGUMENTS = {
 }
 # Those of the dtype of the case, and those that a launch finds to be multiples of 16.
 _OF_DTYPE = (
-    "x_ptr", "y_ptr", "dy_ptr", "dx_ptr",
+    "x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "w_ptr",
     "logits_ptr", "dlogits_ptr", "weight_ptr", "hidden_ptr", "dhidden_ptr", "dweight_ptr",
     "output_ptr", "doutput_ptr", "embedding_ptr",
 )  # fmt: skip
@@ -73,6 +80,11 @@ THRESHOLD = ("threshold_fwd", "threshold_bwd")
 LABELS = ("labels_fwd", "labels_bwd")
 PLIF = ("plif_fwd", "plif_bwd", "plif_ce_fwd", "plif_ce_bwd")
 LISTED = ("plif_topk_fwd", "plif_topk_bwd")
+# of float32 but for w, whatever the classes
+TABLES = (
+    "plif_slopes", "plif_steps", "plif_offsets", "plif_masses", "plif_dslopes", "plif_scale",
+    "plif_join",
+)  # fmt: skip
 COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
 
 SHORT = ("few", "short_bwd")
@@ -83,6 +95,7 @@ def module_of(kernel: str) -> Any:
     modules = dict.fromkeys(LINEAR, sparse_linear) | dict.fromkeys(THRESHOLD, threshold_ce)
     modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys((*PLIF, *LISTED), plif)
     modules |= dict.fromkeys(LABELS, labels_ce) | dict.fromkeys(REDUCE, reduce)
+    modules |= dict.fromkeys(TABLES, plif_tables)
     return modules.get(kernel, topk_ce)
 
 
@@ -120,6 +133,11 @@ class Case:
             fwd = {"HAS_WEIGHT": self.full, "ALONE": True}
             options = {"reduce_fwd": fwd | {"MEAN": True}, "reduce_join": {"MEAN": True}}
             return reduce.options(self.kernel[7:]) | options.get(self.kernel, {})
+        if self.kernel in TABLES:
+            given = dict.fromkeys(("HAS_DLSE", "HAS_DPROBS", "HAS_WEIGHT"), self.full)
+            scale = {"ALONE": not self.full, "HAS_DLOSS": True, **given}
+            options = plif_tables.options(self.kernel[5:], self.full)
+            return options | (scale if self.kernel == "plif_scale" else {})
         if self.kernel in LABELS:
             alike = {"ALIKE": True} if self.kernel == "labels_bwd" else {}
             alike |= {"ALIGNED": self.aligned, "LABELS_ALIKE": True}
@@ -242,6 +260,8 @@ def resources(case: Case, report: sass.Report) -> dict[str, float]:
     access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
     if case.kernel in (*THRESHOLD, *LABELS, *PLIF):
         return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
+    if case.kernel in TABLES:
+        return {"registers": report.registers, "instructions": report.operations.total()}
     if case.kernel in (*LISTED, *SHORT):  # a row, or several, are one tile
         per_row = report.straight / case.options().get("ROWS", 1)
         return {"registers": report.registers, "per_row": round(per_row)}
@@ -274,10 +294,13 @@ def recorded_cases() -> list[Case]:
         for dtype in ("bfloat16", "float32")
     ]
     linked += [Case(name, "bfloat16", LONG_ROW, k) for name in LISTED for k in (20, 1000)]
+    tables = [Case(name, "float32", 1, 1) for name in TABLES]
+    tables.append(Case("plif_scale", "float32", 1, 1, full=True))
     backward = [Case("bwd", dtype, LONG_ROW, 20) for dtype in TYPES]
     short = [Case(name, dtype, 100, 20) for name in SHORT for dtype in ("bfloat16", "float32")]
     vectors = [Case(name, dtype, 300, 1) for name in COSINE for dtype in ("bfloat16", "float32")]
-    return [*tuning_cases(), *backward, *short, *linear, *dense, *labelled, *linked, *vectors]
+    listed = [*tuning_cases(), *backward, *short]
+    return [*listed, *linear, *dense, *labelled, *linked, *tables, *vectors]
 
 
 def main() -> None:

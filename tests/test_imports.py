@@ -40,6 +40,7 @@ ARROWS = {
         "triton_kernels.threshold_ce",
         "triton_kernels.labels_ce",
         "triton_kernels.plif",
+        "triton_kernels.plif_tables",
         "triton_kernels.sparse_linear",
         "triton_kernels.reduce",
         "triton_kernels.cosine",

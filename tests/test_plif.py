@@ -321,6 +321,19 @@ def test_tables(subject, dtype_of_w, cells):
 
 
 @pytest.mark.interpreter
+def test_cells_of_several_turns(subject, monkeypatch):
+    """As of more cells than all programs of Triton have in a turn, here six: three on either side
+    of the middle, and one more where that is no multiple.
+    """
+    if subject.backend != "triton":
+        pytest.skip("tests/test_emulated_cuda.py has as many cells as it takes")
+    monkeypatch.setattr("sparse_ce.triton_kernels.plif_tables.PARTS", 8)
+    for cells in (6 * 512 + 1, 12 * 512 - 1, 12 * 512 + 700):
+        test_tables(subject, torch.float32, cells)
+        test_dslopes(subject, cells)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_tables_of_no_number(subject, wrong):
     """A slope is none, and no offset that its step is in."""

@@ -47,6 +47,8 @@ OTHERS = [
     aot.Case("plif_topk_bwd", "float16", aot.LONG_ROW, 1024, full=True),
     aot.Case("plif_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("plif_bwd", "float32", aot.LONG_ROW, aot.LONG_ROW),
+    aot.Case("plif_slopes", "bfloat16", 1, 1),
+    aot.Case("plif_slopes", "float16", 1, 1),
     aot.Case("cosine_fwd", "float32", 33, 1),
     aot.Case("cosine_bwd", "bfloat16", 4096, 1),
     *(
@@ -98,6 +100,12 @@ VARIANTS = [
             ("class_weight_ptr", None),
         ),
     ),
+    aot.Case(
+        "plif_scale", "float32", 1, 1,
+        changes=(
+            ("dlse_ptr", None), ("dprobs_ptr", None), ("at_most_ptr", None), ("maxima_ptr", None),
+        ),
+    ),
     *(aot.Case(name, "float32", width, 20) for name in aot.LINEAR for width in (1, 4097)),
     aot.Case("reduce_fwd", "float32", 1, 1, changes=(*PLAIN, ("sums_ptr", None))),
     aot.Case("reduce_fwd", "float32", 1, 1, full=True, changes=(("ALONE", False),)),
@@ -110,6 +118,8 @@ SELECTED = [
     aot.Case("threshold_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("labels_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("plif_ce_bwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
+    aot.Case("plif_slopes", "float32", 1, 1),
+    aot.Case("plif_offsets", "float32", 1, 1),
     aot.Case("cosine_fwd", "float32", 300, 1),
     aot.Case("dweight", "bfloat16", 4096, 20),
 ]
@@ -201,15 +211,17 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     labels = [getattr(aot.labels_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
     forms = ("fwd", "bwd", "ce_fwd", "ce_bwd", "topk_fwd", "topk_bwd")
     plif = [getattr(aot.plif, f"_{name}_kernel") for name in forms]
+    names = [name.removeprefix("plif_") for name in aot.TABLES]
+    tables = [getattr(aot.plif_tables, f"_{name}_kernel") for name in names]
     cosine = [getattr(aot.cosine, f"_{name}_kernel") for name in ("fwd", "bwd")]
     reduce = [getattr(aot.reduce, f"_{name}_kernel") for name in ("fwd", "join", "bwd")]
-    for kernel in (*topk, *linear, *threshold, *labels, *plif, *cosine, *reduce):
+    for kernel in (*topk, *linear, *threshold, *labels, *plif, *tables, *cosine, *reduce):
         for parameter in kernel.params:
             number = not parameter.is_constexpr and not parameter.name.endswith("_ptr")
             # Triton specialises no float
             floats = ("label_smoothing", "delta", "bound", "rate")
             assert not number or parameter.do_not_specialize or parameter.name in floats
-    for kernel in (*topk, *threshold, *labels, *plif[2:]):
+    for kernel in (*topk, *threshold, *labels, *plif[2:], *tables):
         assert all(p.do_not_specialize or p.is_constexpr for p in kernel.params)
     for name, bucket in (
         ("fwd", range(14, 33)), ("bwd", range(65, 129)), ("plif_topk_bwd", range(64, 128)),

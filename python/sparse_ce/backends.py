@@ -111,6 +111,7 @@ BACKENDS = (
             "sparse_ce.triton_kernels.threshold_ce",
             "sparse_ce.triton_kernels.labels_ce",
             "sparse_ce.triton_kernels.plif",
+            "sparse_ce.triton_kernels.plif_tables",
             "sparse_ce.triton_kernels.sparse_linear",
             "sparse_ce.triton_kernels.reduce",
             "sparse_ce.triton_kernels.cosine",
