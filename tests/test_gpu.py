@@ -3,7 +3,12 @@
 import cases
 import pytest
 import torch
-from sparse_ce import continuous_output_loss, fused_linear_sparse_ce, fused_sparse_ce
+from sparse_ce import (
+    MonotonicPLIF,
+    continuous_output_loss,
+    fused_linear_sparse_ce,
+    fused_sparse_ce,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -69,6 +74,20 @@ class LayerStep(Step):
         return loss.detach(), *torch.autograd.grad(loss, (hidden, self.weight))
 
 
+class LinkStep(Step):
+    """The same of a function of the logits, with its tables and the gradient of its slopes."""
+
+    def __init__(self, subject, k):
+        super().__init__(subject, weighted=True, k=k)
+        self.link = MonotonicPLIF(5001, 3.0, init_std=1.0).cuda()
+
+    def __call__(self):
+        """The loss and the gradients."""
+        options = {**self.options, "link": self.link}
+        loss = fused_sparse_ce(self.logits, self.target, self.k, **options)
+        return loss.detach(), *torch.autograd.grad(loss, (self.logits, self.link.w))
+
+
 FIRST, SECOND = ("random", [3, 36, -100, 0, 7, 1]), ("ties", [-100, -100, 5, 1002, -100, 9])
 NONE_COUNTED = ("random", [-100] * 6)
 
@@ -85,6 +104,11 @@ def test_cuda_graph(subject, reduction, weighted, support, k):
 @pytest.mark.parametrize("k", [20, None])
 def test_cuda_graph_of_a_layer(subject, k):
     assert_captured(LayerStep(subject, k=k))
+
+
+@pytest.mark.parametrize("k", [20, None])
+def test_cuda_graph_of_a_function_of_the_logits(subject, k):
+    assert_captured(LinkStep(subject, k))
 
 
 def assert_captured(step):
@@ -105,10 +129,12 @@ def assert_captured(step):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "link"])
 @pytest.mark.parametrize("k", [20, None])
 def test_no_host_synchronisation(subject, reduction, k, synchronisation_is_an_error):
-    step = Step(subject, reduction, weighted=True, k=k)
+    step = LinkStep(subject, k)
+    if reduction != "link":
+        step = Step(subject, reduction, weighted=True, k=k)
     step.fill(*FIRST)
     expected = step()  # compiles and tunes
     synchronisation_is_an_error()
