@@ -29,6 +29,7 @@ OTHERS = [
     aot.Case("bwd", "bfloat16", aot.LONG_ROW, 1000, full=True),
     aot.Case("bwd", "float32", aot.LONG_ROW, 100, loss=False),
     aot.Case("few", "float16", 256, 32, full=True),
+    aot.Case("few", "bfloat16", 128, 128, full=True),
     aot.Case("few", "float32", 1000, 1000, full=True),
     aot.Case("short_bwd", "float32", 512, 20, full=True),
     aot.Case("merge", "bfloat16", 2048, 20, full=True),

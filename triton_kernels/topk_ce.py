@@ -75,6 +75,8 @@ WATCH = tl.constexpr(32)
 # Of a tile whose order it does not know, the compiler takes the last axis for the lanes; that of
 # Triton 3.6 the first.
 ROWS_LAST = tl.constexpr(not triton.__version__.startswith("3.6."))
+# Up to which k several short rows share a program.
+FEW_K = 32
 # Chunks of a row that a program of _bwd_kernel writes, at least. More where the list would be
 # a good part of what is moved; a shorter row has one warp.
 PART = 512
@@ -720,7 +722,7 @@ def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
     """The configuration of _fwd_kernel, or None for a row so short that it is sorted whole."""
     # room for ties at the bound; the power of two is all that kernels know of k at compile time
     size = max(32, triton.next_power_of_2(k + k // 4 + 16))
-    if num_classes <= max(512 // itemsize, size):
+    if num_classes <= max(512 // itemsize if k <= FEW_K else 128, size):
         return None
     for row in TUNING:
         if row.itemsize == itemsize and num_classes <= row.max_v and k <= row.max_k:
@@ -732,8 +734,8 @@ def few_options(num_classes: int, k: int) -> dict[str, int]:
     """The configuration of _few_kernel."""
     size = max(16, triton.next_power_of_2(num_classes))
     top = min(size, max(16, triton.next_power_of_2(k)))
-    # of longer rows a tile would not fit registers
-    rows, number = (8, 1) if size <= 256 else (1, size // 256)
+    # of longer lists a tile would leave registers, and take Triton minutes
+    rows, number = (8, 1) if k <= FEW_K else (1, max(1, size // 256))
     return {"SORT": size, "TOP": top, "ROWS": rows, **warps(number)}
 
 
@@ -750,7 +752,7 @@ def exact_options(size: int) -> dict[str, int]:
 
 def short_bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int] | None:
     """The configuration of _short_bwd_kernel, where it is for such rows."""
-    if num_classes * itemsize > 2048 or k > 32:
+    if num_classes * itemsize > 2048 or k > FEW_K:
         return None
     return {"K2": max(16, triton.next_power_of_2(k)), "ROWS": 8, "BLOCK": 128, **warps(1)}
 
