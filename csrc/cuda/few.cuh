@@ -25,9 +25,11 @@ __global__ void __launch_bounds__(Group<LANES>::kBlock, sizeof(T) == 2 ? 5 : 4)
   using Item = ShortItem<T>;
   // of a tile, which is four lists of 32
   constexpr int kTile = 128, kVectors = kTile / (LANES * VECTOR);
+  // from list to list, so that the same ranks of a warp's rows lie in different banks
+  constexpr int kApart = 36;
   GROUP_MEMORY(LANES, group);
-  SHARED_ARRAY(Item, lists, G::kPerBlock * 32);
-  const Shared<Item> list = lists + group.number * 32;
+  SHARED_ARRAY(Item, lists, G::kPerBlock * kApart);
+  const Shared<Item> list = lists + group.number * kApart;
   const int64_t n = group.row(a.logits.count);
   const int lane = group.rank, classes = static_cast<int>(a.logits.classes);
   const T* row = row_of<T>(a.logits, n);
