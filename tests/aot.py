@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sass
+import torch
 import triton
 from sparse_ce.triton_kernels import (
     cosine,
@@ -40,7 +41,7 @@ _ARGUMENTS = {
     "target_ptr": "*i64",
     "indices_ptr": "*i32",
     "best_ptr": "*i64",
-    "found_ptr": "*i64",
+    "found_ptr": "*i64",  # or "*i32"
     "list_ptr": "*i64",
     "pieces_ptr": "*i32",
     "pending_ptr": "*i32",
@@ -207,7 +208,6 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
     options = case.options()
     launch = {name: options.pop(name) for name in warps(1)}
-    few = ITEMSIZE[case.dtype] == 2 and case.num_classes < 1 << 16 and not options.get("SPLIT")
     signature = {}
     for parameter in kernel.params:
         name = parameter.name
@@ -217,8 +217,10 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
             signature[name] = TYPES[case.dtype]
         else:
             signature[name] = _ARGUMENTS.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-    if few and "found_ptr" in signature:
-        signature["found_ptr"] = "*i32"
+    if "found_ptr" in signature:
+        sizes = (ITEMSIZE[case.dtype], case.num_classes, options["SORT"], options["SPLIT"])
+        packed = topk_ce.list_dtype(*sizes)
+        signature["found_ptr"] = {torch.int32: "*i32", torch.int64: "*i64"}[packed]
     attributes = {}
     if module in (sparse_linear, cosine):
         aligned = (i for i, kind in enumerate(signature.values()) if kind[0] == "*")

@@ -334,7 +334,7 @@ def test_cells_of_several_turns(subject, monkeypatch):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("wrong", [math.nan, -math.nan, math.inf])
 def test_tables_of_no_number(subject, wrong):
     """A slope is none, and no offset that its step is in."""
     for cells, place in ((3, 0), (1030, 700)):
@@ -400,7 +400,7 @@ def test_scale_of_powers_of_two(subject):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wrong", [math.nan, -math.nan, math.inf, -math.inf])
 def test_scale_of_no_number(subject, wrong):
     """Wherever one is that a gradient is made of; elsewhere it does not matter."""
     rows = torch.tensor([0, 3, 7, -100])  # the last two are no classes

@@ -31,8 +31,8 @@ SCALE_PARTS = 128
 
 @triton.jit
 def _magnitude(x):
-    """The bits of |x| in float64."""
-    return tl.abs(x.to(tl.float64)).to(tl.int64, bitcast=True)
+    """The bits of |x| in float64, of NaN too: an instruction for |x| may keep its sign."""
+    return x.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
 
 
 @triton.jit
@@ -254,7 +254,7 @@ def _scale_kernel(
                 here = exists[:, None] & (rank < k)[None, :]
                 at = row[:, None] * k + rank[None, :]
                 q = tl.load(dprobs_ptr + at, mask=here, other=0.0)
-                most = tl.maximum(most, tl.max(tl.abs(q).to(tl.int32, bitcast=True), 1))
+                most = tl.maximum(most, tl.max(q.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
             above += 2 * most.to(tl.float32, bitcast=True).to(tl.float64)
         if HAS_DLOSS:
             target = tl.load(target_ptr + row, mask=exists, other=-1)

@@ -730,6 +730,12 @@ def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
     return Selection(size, row.nseg, row.piece, row.ncut, row.unroll, 128 * row.warps, row.warps)
 
 
+def list_dtype(itemsize: int, num_classes: int, size: int, split: bool) -> torch.dtype:
+    """Of the list of _fwd_kernel: of 32 bits where they hold a class. Long ones of these spill."""
+    few = itemsize == 2 and num_classes < 1 << 16 and size <= 256 and not split
+    return torch.int32 if few else torch.int64
+
+
 def few_options(num_classes: int, k: int) -> dict[str, int]:
     """The configuration of _few_kernel."""
     size = max(16, triton.next_power_of_2(num_classes))
@@ -812,8 +818,7 @@ def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-
     # of 2 lists each: more of them would outweigh all else that forward allocates
     programs = min(rows * parts, 256)
     best = logits.new_empty((rows, parts, k) if parts > 1 else 0, dtype=torch.int64)
-    few = logits.element_size() == 2 and num_classes < 1 << 16 and parts == 1
-    packed = torch.int32 if few else torch.int64
+    packed = list_dtype(logits.element_size(), num_classes, selection.SORT, parts > 1)
     found = logits.new_empty((rows, parts, selection.SORT), dtype=packed)
     pieces = logits.new_empty((rows, parts, selection.SORT + 2), dtype=torch.int32)
     pending = logits.new_empty((rows, parts), dtype=torch.int32)

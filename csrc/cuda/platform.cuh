@@ -64,7 +64,8 @@ __device__ __forceinline__ float16 to_float16(float x) {
 
 // The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. All bits of each float
 // that is not below the other's, or where either is NaN. Of the 16-bit floats also a pair, rounded to the nearest; and the pair as it
-// is, but that zeros and NaNs have lost their signs, and NaNs are one.
+// is, but that zeros and NaNs have lost their signs, and NaNs are one: the sum sees to the zeros, the maximum, whose NaN is
+// documented, to those.
 template <class T> struct Packed;
 
 TWIN(inline unsigned plain_bits(unsigned bits, unsigned infinity) {
@@ -96,7 +97,7 @@ template <> struct Packed<bfloat16> {
   }
   static __device__ __forceinline__ Unit plain(Unit a) {
     PTX(Unit d; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3F803F80), "r"(0));
-        return d;)
+        return max(d, d);)
     TWIN(return Unit{plain_bits(a >> 16, 0x7F80)} << 16 | plain_bits(a & 0xFFFF, 0x7F80);)
   }
   static __device__ __forceinline__ Unit max(Unit a, Unit b) {
@@ -118,7 +119,7 @@ template <> struct Packed<float16> {
     TWIN(return Unit{to_float16(high).bits} << 16 | to_float16(low).bits;)
   }
   static __device__ __forceinline__ Unit plain(Unit a) {
-    PTX(Unit d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0)); return d;)
+    PTX(Unit d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0)); return max(d, d);)
     TWIN(return Unit{plain_bits(a >> 16, 0x7C00)} << 16 | plain_bits(a & 0xFFFF, 0x7C00);)
   }
   static __device__ __forceinline__ Unit max(Unit a, Unit b) {

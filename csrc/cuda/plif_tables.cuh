@@ -62,7 +62,10 @@ __device__ __forceinline__ uint64_t* sums_of(const PlifTables& a, const CellPart
   return static_cast<uint64_t*>(a.scratch) + parts.count;
 }
 
-__device__ __forceinline__ int64_t magnitude(double x) { return bit_cast<int64_t>(std::fabs(x)); }
+// Of NaN too: what CUDA's fabs leaves of its sign is not said.
+__device__ __forceinline__ int64_t magnitude(double x) {
+  return bit_cast<int64_t>(x) & 0x7FFFFFFFFFFFFFFF;
+}
 
 __device__ __forceinline__ int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 

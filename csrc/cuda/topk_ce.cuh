@@ -483,7 +483,7 @@ template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t str
   constexpr int64_t kPart = 512, kQuarter = 128;
   const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
   if (chunks < kPart) {
-    if (chunks < kQuarter)
+    if (chunks < kQuarter && a.k <= 128)
       launch(backward_kernel<T, 8>, warps_for<8>(a.count), 128, stream, a, 1);
     else
       launch(backward_kernel<T, 32>, warps_for(a.count), 128, stream, a, 1);
