@@ -67,8 +67,9 @@ from .rows import (
     warps,
 )
 
-# Below every packed class of 64 bits; above every key.
-LOWEST = tl.constexpr(-(1 << 63))
+# Below every packed class of 64 bits.
+LOWEST = tl.constexpr(lowest(tl.int64))
+# Above every key.
 SETTLED = tl.constexpr(0x7FFFFFFF)
 # Flags that a program of _exact_kernel looks at together.
 WATCH = tl.constexpr(32)
@@ -571,6 +572,18 @@ def list_gradient(
     return g, 0.0 - at_target, outside
 
 
+@triton.jit
+def _store_zeros(chunk_ptr, first, last, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Into the chunks from first to last of a row that begins at a multiple of 16 bytes."""
+    offset = tl.arange(0, BLOCK)[:, None] * C + tl.arange(0, C)[None, :]
+    zero = tl.zeros([BLOCK, C], chunk_ptr.dtype.element_ty)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for chunk in tl.range(first, whole, BLOCK):
+        tl.store(chunk_ptr + chunk * C + offset, zero)
+    left = (whole + tl.arange(0, BLOCK) < last)[:, None]
+    tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
+
+
 @kernel
 def _bwd_kernel(
     dloss_ptr,  # (N) fp32
@@ -613,16 +626,9 @@ def _bwd_kernel(
     head = classes_before(row_ptr, V, ALIGNED)
     chunk_ptr = tl.multiple_of(dlogits_ptr + (start + head), 16)
     chunks = (V - head) // C
-    lane = tl.arange(0, C)
-    offset = tl.arange(0, BLOCK)[:, None] * C + lane[None, :]
-    zero = tl.zeros([BLOCK, C], DTYPE)
     first = tl.minimum(part * part_size, chunks)
     last = tl.minimum(first + part_size, chunks)
-    whole = first + (last - first) // BLOCK * BLOCK
-    for chunk in tl.range(first, whole, BLOCK):
-        tl.store(chunk_ptr + chunk * C + offset, zero)
-    left = (whole + tl.arange(0, BLOCK) < last)[:, None]
-    tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
+    _store_zeros(chunk_ptr, first, last, C, BLOCK)
     # the classes of this part: the first and the last take the ends of the row that fill no chunk
     low = tl.where(part == 0, 0, head + first * C)
     high = tl.where(part == parts - 1, V, head + last * C)
@@ -681,16 +687,9 @@ def _short_bwd_kernel(
     classes = tl.minimum(ROWS, N - first) * V
     chunks = classes // C
     chunk_ptr = tl.multiple_of(dlogits_ptr + first.to(tl.int64) * V, 16)
-    lane = tl.arange(0, C)
-    offset = tl.arange(0, BLOCK)[:, None] * C + lane[None, :]
-    zero = tl.zeros([BLOCK, C], DTYPE)
-    whole = chunks // BLOCK * BLOCK
-    for chunk in tl.range(0, whole, BLOCK):
-        tl.store(chunk_ptr + chunk * C + offset, zero)
-    left = (whole + tl.arange(0, BLOCK) < chunks)[:, None]
-    tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
-    left = chunks * C + lane < classes
-    tl.store(chunk_ptr + chunks * C + lane, tl.zeros([C], DTYPE), mask=left)
+    _store_zeros(chunk_ptr, 0, chunks, C, BLOCK)
+    at = chunks * C + tl.arange(0, C)
+    tl.store(chunk_ptr + at, tl.zeros([C], DTYPE), mask=at < classes)
 
     hit = (target >= 0) & (target < V)
     g, at_target, outside = list_gradient(

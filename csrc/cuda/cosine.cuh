@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlo
   using S = StatisticOf<T>;
   constexpr int N = kNumbers<T, TABLE, BYTES>;
   GROUP_MEMORY(32, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * Group<32>::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.output.count) return;
   const int64_t target = a.target[n];
   const bool hit = is_class(target, a.table.vectors);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlo
   using S = StatisticOf<T>;
   constexpr int N = kNumbers<T, TABLE, BYTES>;
   GROUP_MEMORY(32, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * Group<32>::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.output.count) return;
   const int width = static_cast<int>(a.output.classes);
   const int64_t target = a.target[n];

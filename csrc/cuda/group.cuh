@@ -47,11 +47,12 @@ __device__ __forceinline__ V reduce_lanes(V x, Combine combine) {
 }
 
 // Of the lanes before this one; and of all.
-__device__ __forceinline__ int sum_of_lanes_before(int x, int lane, int& all) {
-  int sum = x;
+template <class V> __device__ __forceinline__ V sum_of_lanes_before(V x, int lane, V& all) {
+  V sum = x;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, distance);
+    const V other =
+        by_words(sum, [&](auto word) { return __shfl_up_sync(kAllLanes, word, distance); });
     if (lane >= distance) sum += other;
   }
   all = of_lane(sum, 31);
@@ -76,10 +77,13 @@ template <int THREADS> class Group {
   const int number;  // of the group in its block
   const int rank;    // of the thread in its group
 
+  // Its number among those of all blocks.
+  __device__ __forceinline__ int64_t job() const {
+    return static_cast<int64_t>(blockIdx.x) * kPerBlock + number;
+  }
   // Of `rows` that such groups share, in their order.
   __device__ __forceinline__ int64_t row(int64_t rows) const {
-    const int64_t mine = static_cast<int64_t>(blockIdx.x) * kPerBlock + number;
-    return mine < rows ? mine : rows - 1;
+    return job() < rows ? job() : rows - 1;
   }
 
   // A barrier, and all memory that any of them wrote before it is seen by all after it.

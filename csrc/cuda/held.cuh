@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
   constexpr int kTile = 32 * CHUNKS, kElements = Chunk<T>::kElements;
   GROUP_MEMORY(32, group);
   SHARED_ARRAY(int, lists, G::kPerBlock* kHeldList);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.logits.count) return;
   const Shared<int> list = lists + group.number * kHeldList;
   const int lane = group.rank, k = static_cast<int>(a.k);

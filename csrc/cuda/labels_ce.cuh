@@ -161,10 +161,9 @@ template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock,
                                   resident<T>(Group<THREADS>::kBlock) * 3 / 4)
     labels_forward_kernel(const LabelsForward a) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.logits.count) return;
   const T* row = row_of<T>(a.logits, n);
   const bool* labels = a.labels + n * a.logits.classes;
@@ -225,10 +224,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
 template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock) - 1)
     labels_backward_kernel(const LabelsBackward a) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.logits.count) return;
   const T* row = row_of<T>(a.logits, n);
   const bool* labels = a.labels + n * a.logits.classes;

@@ -170,10 +170,9 @@ template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock,
                                   resident<T>(Group<THREADS>::kBlock) - (sizeof(T) == 8))
     plif_ce_forward_kernel(const PlifCeForward a, const Link<StatisticOf<T>> f) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.logits.count) return;
   const T* row = row_of<T>(a.logits, n);
   const int classes = static_cast<int>(a.logits.classes);
@@ -213,10 +212,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
 template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::kBlock)
     plif_ce_backward_kernel(const PlifCeBackward a, const Link<StatisticOf<T>> f) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.logits.count) return;
   const T* row = row_of<T>(a.logits, n);
   const int classes = static_cast<int>(a.logits.classes);
@@ -287,10 +285,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
 template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::kBlock)
     plif_topk_forward_kernel(const PlifTopkForward a, const ColumnLink<StatisticOf<T>> f) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.list.logits.count) return;
   const int k = static_cast<int>(a.list.k);
   const T* row = row_of<T>(a.list.logits, n);
@@ -308,10 +305,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
 template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::kBlock)
     plif_topk_backward_kernel(const PlifTopkBackward a, const ColumnLink<StatisticOf<T>> f) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.list.count) return;
   const int k = static_cast<int>(a.list.k);
   T* row = static_cast<T*>(a.list.dlogits) + n * a.list.classes;

@@ -178,16 +178,9 @@ template <class S> __global__ void __launch_bounds__(kCellThreads)
 __device__ __forceinline__ uint64_t sum_before(const Group<kCellThreads>& group,
                                                Shared<uint64_t> warps, uint64_t x, uint64_t& all) {
   const int warp = group.rank / 32, lane = group.rank % 32;
-  uint64_t sum = x;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint64_t other =
-        by_words(sum, [&](auto word) { return __shfl_up_sync(kAllLanes, word, distance); });
-    if (lane >= distance) sum += other;
-  }
-  if (lane == 31) warps[warp] = sum;
+  uint64_t before = sum_of_lanes_before(x, lane, all);
+  if (lane == 0) warps[warp] = all;
   group.sync();
-  uint64_t before = sum - x;
   all = 0;
   for (int other = 0; other < kCellThreads / 32; ++other) {
     const uint64_t of_warp = warps[other];

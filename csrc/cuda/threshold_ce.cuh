@@ -136,10 +136,9 @@ template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock,
                                   resident<T>(Group<THREADS>::kBlock) - (sizeof(T) == 8))
     threshold_forward_kernel(const ThresholdForward a) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.logits.count) return;
   const T* row = row_of<T>(a.logits, n);
   const int classes = static_cast<int>(a.logits.classes);
@@ -206,10 +205,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
 template <class T, int THREADS>
 __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock) - 1)
     threshold_backward_kernel(const ThresholdBackward a) {
-  using G = Group<THREADS>;
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * G::kPerBlock + group.number;
+  const int64_t n = group.job();
   if (n >= a.logits.count) return;
   const T* row = row_of<T>(a.logits, n);
   const int classes = static_cast<int>(a.logits.classes), kept = a.kept[n];
