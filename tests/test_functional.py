@@ -1,5 +1,6 @@
 """fused_sparse_ce and sparse_softmax as a user calls them. SPEC 1 and 7."""
 
+import contextlib
 import itertools
 from functools import partial
 
@@ -10,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from allocations import saved, sizes_of_allocations
 from closeness import Truth, assert_within
-from sparse_ce import MonotonicPLIF, backends, fused_sparse_ce, reference, sparse_softmax
+from sparse_ce import (
+    MonotonicPLIF,
+    adaptive_sparse_ce,
+    backends,
+    continuous_output_loss,
+    fused_linear_sparse_ce,
+    fused_sparse_ce,
+    reference,
+    sparse_softmax,
+)
 
 REGIMES = {
     "list": dict(k=20),
@@ -430,3 +440,30 @@ def test_automatic_choice_is_the_first_backend_that_can(subject):
     assert torch.equal(
         fused_sparse_ce(logits, target, 20), fused_sparse_ce(logits, target, 20, backend=first)
     )
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_shapes_without_numbers(k):
+    """On the meta device, and of fake tensors outside of a compiled graph, which have no numbers to
+    be looked at.
+    """
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+    for context, device in (
+        (contextlib.nullcontext(), "meta"),
+        (fake_tensor.FakeTensorMode(), "cpu"),
+    ):
+        with context:
+            logits = torch.empty(4, 9, device=device, requires_grad=True)
+            hidden = torch.empty(4, 5, device=device, requires_grad=True)
+            weight = torch.empty(9, 5, device=device, requires_grad=True)
+            target = torch.zeros(4, dtype=torch.int64, device=device)
+            for loss in (
+                fused_sparse_ce(logits, target, k),
+                fused_linear_sparse_ce(hidden, weight, target, k),
+                adaptive_sparse_ce(logits, target),
+                adaptive_sparse_ce(logits, torch.zeros_like(logits)),
+                continuous_output_loss(hidden, target, weight.detach()),
+            ):
+                assert loss.shape == () and loss.dtype == torch.float32
+                loss.backward()
+            assert logits.grad.shape == (4, 9) and weight.grad.shape == (9, 5)

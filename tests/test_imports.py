@@ -2,11 +2,20 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+# Nothing beside torch itself: its compiler alone takes a second.
+QUICK = """
+import sys
+import torch
+before = set(sys.modules)
+import sparse_ce
+print(*sorted(name for name in set(sys.modules) - before if not name.startswith("sparse_ce")))
+"""
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "sparse_ce"
 KERNELS = ROOT / "triton_kernels"
@@ -121,3 +130,10 @@ def test_kernels_import_torch_and_triton_alone(path):
     for name in imports(path):
         sibling = name.startswith("sparse_ce.triton_kernels")
         assert sibling or name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+def test_importing_is_quick():
+    found = subprocess.run(
+        [sys.executable, "-c", QUICK], capture_output=True, text=True, check=True
+    )
+    assert len(found.stdout.split()) <= 5 and "_dynamo" not in found.stdout

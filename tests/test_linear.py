@@ -536,13 +536,16 @@ def test_compiled_equals_eager_bit_by_bit(subject, k, dynamic):
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("k", [K, None])
-def test_a_second_derivative_is_an_error(k):
+@pytest.mark.parametrize(
+    "k, weight_grad", [(K, "dense"), (None, "dense"), (K, "row_sparse")], ids=str
+)
+def test_a_second_derivative_is_an_error(k, weight_grad):
     hidden, weight, _, target = layer(torch.float32)
-    loss = fused_linear_sparse_ce(hidden, weight, target, k)
-    (dhidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="fused_linear_sparse_ce: expected a first derivative"):
-        dhidden.sum().backward()
+    loss = fused_linear_sparse_ce(hidden, weight, target, k, weight_grad=weight_grad)
+    gradients = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="fused_linear_sparse_ce: expected a first deriv"):
+            gradient.sum().backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("needed", [[True, True, True], [False, True, False]], ids=str)

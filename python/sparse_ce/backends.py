@@ -160,7 +160,6 @@ def _refusal(row: Backend, device_type: str, dtype: torch.dtype, large_k: bool) 
     return unavailable(row.name)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(name: str, device_type: str, dtype: torch.dtype, large_k: bool) -> str:
     """The backend that runs: for "auto" the first that can, a named one or an error, never another
     in its place.
@@ -175,6 +174,10 @@ def resolve(name: str, device_type: str, dtype: torch.dtype, large_k: bool) -> s
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
     return name
+
+
+# What torch.compiler.assume_constant_result does; that imports the compiler, a second and more.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

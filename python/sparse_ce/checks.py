@@ -4,6 +4,7 @@ GPU.
 
 import math
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,17 @@ def _no_dtensor(name: str, value: object) -> None:
             "pass the local tensor, to_local(); classes sharded over ranks need "
             "vocab_parallel_sparse_ce, which this version does not have"
         )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at, on the CPU: not so in a compiled graph, under
+    torch.func, or of a fake tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    # imported already where there is one; that takes a second
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is None or not isinstance(tensor, fake.FakeTensor)
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -72,7 +84,7 @@ def target_range(value: Tensor, num_classes: int, ignore_index: int) -> None:
 
     Elsewhere, and in a compiled graph, such a row's loss is NaN and its gradient zero.
     """
-    if torch.compiler.is_compiling():
+    if not has_values(value):
         return
     if value.device.type != "cpu" and os.environ.get("SPARSE_CE_DEBUG", "0") != "1":
         return
@@ -251,7 +263,7 @@ def labels(
         )
     if value.requires_grad:
         raise ValueError("target: expected a tensor without requires_grad, got one with it")
-    on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_cpu = value.device.type == "cpu" and has_values(value)
     if on_cpu and value.dtype != torch.bool and not bool(((value == 0) | (value == 1)).all()):
         raise ValueError("target: expected 0 and 1 alone where it has the shape of logits")
     for name, given, default in (

@@ -327,6 +327,19 @@ for _name, _backward, _context in (
     ops.differentiable(_name, _backward, _context)
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """Gradients of hidden and weight, which have no derivative by them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *gradients: Tensor | None) -> Any:
+        # what a function passes on as it is becomes a view, and a sparse tensor has none
+        return tuple(None if g is None else g.detach() for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        _no_second_derivative()
+
+
 class _RowSparse(torch.autograd.Function):
     """The list regime with the gradient of the weight as its touched rows."""
 
@@ -338,7 +351,6 @@ class _RowSparse(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -368,7 +380,8 @@ class _RowSparse(torch.autograd.Function):
                 touched.long().unsqueeze(0), rows, weight.shape, is_coalesced=True,
                 check_invariants=False,
             )  # fmt: skip
-        return (*found, *(None,) * 8)
+        apply: Any = _FirstDerivative.apply
+        return (*apply(hidden, weight, *found), *(None,) * 8)
 
 
 @overload
@@ -476,7 +489,8 @@ def fused_linear_sparse_ce(
     checks.target_range(target, num_classes, ignore_index)
     k = num_classes if k is None else min(k, num_classes)
     dtype = hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     row_target = target.reshape(-1).to(torch.int64).contiguous()
@@ -498,7 +512,7 @@ def fused_linear_sparse_ce(
 
     # on a GPU, and in a compiled graph, to count the ignored rows is to wait for them
     kept = None
-    if device == "cpu" and not return_support and not torch.compiler.is_compiling():
+    if device == "cpu" and not return_support and checks.has_values(target):
         kept = (row_target != ignore_index).nonzero().squeeze(-1)
         if kept.shape[0] == row_target.shape[0]:
             kept = None

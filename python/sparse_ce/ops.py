@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, schema
 
@@ -40,6 +41,10 @@ def differentiable(
 ) -> None:
     """What torch.library.register_autograd does, `context` being its setup_context, without the
     walk over the schema at every call: of a small forward that was the half.
+
+    Under torch.func each of its levels comes here by itself, as to the operators of torch, so that
+    the function is one of a single level. Forward mode, which would lose the derivative without a
+    word, is refused.
     """
     overload = getattr(torch.ops.sparse_ce, op).default
 
@@ -49,7 +54,12 @@ def differentiable(
 
     def forward(ctx: Any, *inputs_and_keys: Any) -> Any:
         *inputs, keys = inputs_and_keys
-        output = below(keys, inputs)
+        if torch._C._are_functorch_transforms_active():
+            # a function runs without derivatives, but the levels below have theirs
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below(keys, inputs)
+        else:
+            output = below(keys, inputs)
         if context is not None:
             context(ctx, inputs, output)
         return output
@@ -58,14 +68,31 @@ def differentiable(
         return *backward(ctx, *upstream), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
-    function: Any = type(op, (torch.autograd.Function,), methods)
+    function: Any = type(op, (torch.autograd.function._SingleLevelFunction,), methods)
 
     def autograd(keys: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(*inputs, keys)
-        return below(keys, inputs)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(inputs)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return below(keys, inputs)
+        if torch._C._are_functorch_transforms_active():
+            from torch._functorch import utils as torch_func
+
+            with torch_func.enable_single_level_autograd_function():
+                return function.apply(*inputs, keys)
+        return function.apply(*inputs, keys)
 
     _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _refuse_tangents(inputs: Sequence[Any]) -> None:
+    unpack: Any = forward_ad.unpack_dual
+    for value in inputs:
+        if isinstance(value, Tensor) and unpack(value).tangent is not None:
+            raise NotImplementedError(
+                "sparse_ce: expected derivatives in reverse mode only (backward, autograd.grad, "
+                "func.grad, vjp, jacrev), got a tangent of forward mode (jvp, jacfwd, hessian)"
+            )
 
 
 topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
