@@ -256,3 +256,21 @@ def test_errors(changes, error, message):
 def test_errors_of_accumulation(arguments, error, message):
     with pytest.raises(error, match=message):
         AdaptiveAccumulation(**arguments)
+
+
+def test_a_row_of_nan_is_not_learnt(subject):
+    """Of one class alone the target is all that is kept."""
+    logits = torch.tensor([[torch.nan], [torch.inf], [1.0]], device=subject.device)
+    target = torch.zeros(3, dtype=torch.int64, device=subject.device)
+    loss, support = adaptive_sparse_ce(
+        logits, target, reduction="none", return_support=True, backend=subject.backend
+    )
+    assert loss.isnan().tolist() == [True, True, False]
+    assert support.learnt.tolist() == [False, False, True]
+
+
+def test_a_factor_beyond_all_integers():
+    accumulation = AdaptiveAccumulation(scale=1e308, max_steps=3)
+    learnt = torch.tensor([True, True, False])
+    assert accumulation.steps(learnt) == 2
+    assert repr(accumulation) == "AdaptiveAccumulation(scale=1e+308, max_steps=3)"

@@ -467,3 +467,51 @@ def test_shapes_without_numbers(k):
                 assert loss.shape == () and loss.dtype == torch.float32
                 loss.backward()
             assert logits.grad.shape == (4, 9) and weight.grad.shape == (9, 5)
+
+
+@pytest.mark.parametrize("name", ["list", "threshold", "adaptive", "continuous"])
+def test_second_derivative_of_an_ignored_row_of_nan_is_zero(subject, name):
+    """SPEC 1: a second derivative is never wrong."""
+    z = torch.randn(2, 40, device=subject.device)
+    z[0] = torch.nan
+    z.requires_grad_()
+    target = torch.tensor([7, 1], device=subject.device)
+    options = {"ignore_index": 7, "backend": subject.backend}
+    if name == "adaptive":
+        loss = adaptive_sparse_ce(z, target, 0.5, **options)
+    elif name == "continuous":
+        loss = continuous_output_loss(
+            z, target, torch.randn(9, 40, device=subject.device), **options
+        )
+    else:
+        loss = fused_sparse_ce(z, target, 5 if name == "list" else None, **options)
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), z)
+    assert (gradient[0] == 0).all() and (second[0] == 0).all()
+    assert second[1].isfinite().all() and second[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])
+def test_no_rows_of_any_strides(subject, shape):
+    logits = torch.empty(*shape[:-1], 10, device=subject.device)[..., ::2].requires_grad_()
+    target = torch.empty(shape[:-1], dtype=torch.int64, device=subject.device)
+    name = {"backend": subject.backend}
+    for loss in (
+        fused_sparse_ce(logits, target, 2, **name),
+        fused_sparse_ce(logits, target, None, **name),
+        fused_sparse_ce(logits, target, 2, return_support=True, **name)[0],
+        fused_sparse_ce(logits, target, 2, link=MonotonicPLIF(4).to(subject.device), **name),
+        adaptive_sparse_ce(logits, target, **name),
+        adaptive_sparse_ce(logits, torch.zeros_like(logits), **name),
+        continuous_output_loss(logits, target, torch.ones(3, 5, device=subject.device), **name),
+    ):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss == 0 and gradient.shape == shape
+    assert sparse_softmax(logits, 2, **name).shape == shape
+
+
+def test_softmax_of_nothing_along_another_dimension(subject):
+    x = torch.empty(5, 0, device=subject.device)
+    assert sparse_softmax(x, 2, 0, backend=subject.backend).shape == (5, 0)
+    with pytest.raises(ValueError, match="^logits: expected at least one entry along dim=1"):
+        sparse_softmax(x, 2, 1)

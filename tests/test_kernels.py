@@ -136,6 +136,16 @@ def test_rows_without_upstream_gradient_are_exact_zeros(subject, stem, dtype, fi
         assert (dlogits == 0).all()
 
 
+def test_an_infinite_upstream_gradient_stays_on_the_kept_classes(subject, stem, dtype):
+    call = Call(cases.logits("random", 2, 203, dtype), torch.tensor([3, 5]), 20).to(subject.device)
+    outputs = stem.forward(call, subject.backend)
+    above = stem.above(call, "a")
+    wanted = stem.backward(call, outputs, above, subject.backend) != 0
+    above = [None if d is None else torch.full_like(d, torch.inf) for d in above]
+    dlogits = stem.backward(call, outputs, above, subject.backend)
+    assert (dlogits[~wanted] == 0).all() and not dlogits.isfinite().all()
+
+
 @pytest.mark.parametrize("strides", ["one number", "one per row", "transposed", "every second"])
 def test_strided_upstream_gradients(subject, stem, strides):
     """`.sum().backward()` hands over one number, of stride 0, for all rows."""

@@ -598,3 +598,38 @@ def test_module_in_the_place_of_a_linear_layer():
 def test_break_even_rule():
     assert linear.is_sparse(20, 49152, "cpu", torch.float32)
     assert not linear.is_sparse(1000, 2000, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("k", [K, None])
+@pytest.mark.parametrize("backward", ["sparse", "dense"])
+def test_gradient_of_the_bias_is_not_rounded_to_the_dtype_of_the_weight(subject, k, backward):
+    hidden, weight, bias, target = layer(torch.float32, bias=True, device=subject.device)
+    halves = weight.detach().bfloat16()
+    options = {"k": k, "bias": bias, "backward": backward, "backend": subject.backend}
+    found = [
+        torch.autograd.grad(fused_linear_sparse_ce(hidden, w, target, **options), bias)[0]
+        for w in (halves, halves.float())
+    ]
+    assert found[0].dtype == torch.float32 and torch.equal(*found)
+    half = bias.detach().bfloat16().requires_grad_()
+    options["bias"] = half
+    (rounded,) = torch.autograd.grad(
+        fused_linear_sparse_ce(hidden, halves, target, **options), half
+    )
+    assert rounded.dtype == torch.bfloat16 and rounded.abs().sum() > 0
+
+
+@pytest.mark.parametrize("k", [K, None])
+@pytest.mark.parametrize("backward", ["sparse", "dense"])
+def test_ignored_tokens_beside_an_infinite_weight(subject, k, backward):
+    hidden, weight, _, target = layer(torch.float32, device=subject.device)
+    leaf = hidden.detach().abs().add(1).requires_grad_()
+    with torch.no_grad():
+        weight[5] = -math.inf
+    target[target == 5] = 6
+    target[0, 1] = -100
+    loss = fused_linear_sparse_ce(
+        leaf, weight, target, k, backward=backward, return_support=True, backend=subject.backend
+    )[0]
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert loss.isfinite() and (gradient[0, 1] == 0).all()

@@ -913,3 +913,23 @@ def test_every_operator_is_here():
     forms = {"plif", "plif_ce", "plif_topk_ce", "topk_plif_ce"}
     passes = {f"{form}_{way}" for form in forms for way in ("fwd", "bwd")}
     assert names == passes | {"plif_tables", "plif_scale", "plif_dslopes"}
+
+
+@pytest.mark.parametrize("k", ["function", None, 5])
+def test_many_cells_agree_in_all_bits_on_any_number_of_threads(k):
+    """More cells than torch gives to one thread, of slopes that are not those of the start."""
+    link = MonotonicPLIF(100_000, init_std=1.0)
+    x = torch.randn(64, 500).mul_(10).requires_grad_()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            if k == "function":
+                loss = link(x).square().sum()
+            else:
+                loss = fused_sparse_ce(x, torch.arange(64), k, link=link)
+            found.append(torch.autograd.grad(loss, link.w)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].abs().sum() > 0
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -5,19 +5,6 @@
 // Two vectors of some hundred elements: once read they are in the first cache, and a loop over them is cheap. Where they lie in
 // memory is what costs, and the vectors of a table lie anywhere.
 
-// The sum of term(j) over j < width, in an order that is the same for every instruction set: kLanes partial sums, then pairs of them.
-template <class T, class Term> T sum_by_lanes(int64_t width, Term term) {
-  constexpr int64_t kLanes = 32;
-  T sum[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += term(j + lane);
-  for (int64_t lane = 0; j + lane < width; ++lane) sum[lane] += term(j + lane);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
-  return sum[0];
-}
-
 inline bool is_hit(const Table& table, int64_t target) {
   return 0 <= target && target < table.vectors;
 }

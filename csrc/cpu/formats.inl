@@ -110,6 +110,19 @@ inline float exp_nonpositive(float x) {
 }
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
+// The sum of term(j) over j < width, in an order that is the same for every instruction set: kLanes partial sums, then pairs of them.
+template <class T, class Term> T sum_by_lanes(int64_t width, Term term) {
+  constexpr int64_t kLanes = 32;
+  T sum[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += term(j + lane);
+  for (int64_t lane = 0; j + lane < width; ++lane) sum[lane] += term(j + lane);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+  return sum[0];
+}
+
 // The first `n` of a vector, and `rest` in its other lanes.
 template <class Key> typename Vector<Key>::Register load_first(const Key* p, int64_t n, Key rest) {
   using V = Vector<Key>;

@@ -246,7 +246,9 @@ void threshold_backward_rows(const ThresholdBackward& a, int64_t begin, int64_t 
     const bool dense = a.kept[n] == classes;
     const double at_target =
         hit ? dloss * (1 - a.label_smoothing) * (weight ? weight[y] : T{1}) : 0;
-    const T spread = static_cast<T>(dloss * a.label_smoothing / static_cast<double>(a.kept[n]));
+    const T spread = a.label_smoothing == 0 ? T{0}  // also where dloss is infinite
+                                            : static_cast<T>(dloss * a.label_smoothing /
+                                                             static_cast<double>(a.kept[n]));
     share += at_target;
     if (spread != 0) {
       double total = weight ? 0 : static_cast<double>(a.kept[n]);
@@ -274,6 +276,8 @@ void threshold_backward_rows(const ThresholdBackward& a, int64_t begin, int64_t 
         std::fill_n(g, count, T{0});  // also where the probability is NaN
       else
         for (int64_t i = 0; i < count; ++i) g[i] *= factor;
+      if (!dense && !std::isfinite(factor))
+        for (int64_t i = 0; i < count; ++i) g[i] = kept[i] ? g[i] : T{0};
       if (spread != 0)
         for (int64_t i = 0; i < count; ++i)
           if (dense || kept[i]) g[i] -= spread * (weight ? weight[first + i] : T{1});

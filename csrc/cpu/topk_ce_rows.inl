@@ -430,10 +430,10 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, Curve f) {
         loss = log_sum - (static_cast<double>(at_target[r]) - maxima[r]);
         if (weight) loss *= weight[y];
         if (a.label_smoothing != 0) {
-          double spread = 0;
-          for (int64_t i = 0; i < k; ++i)
-            spread +=
-                (weight ? weight[a.indices[n * k + i]] : T{1}) * (log_sum - shifted[r * steps + i]);
+          const double spread = sum_by_lanes<double>(k, [&](int64_t i) {
+            return (weight ? weight[a.indices[n * k + i]] : T{1}) *
+                   (log_sum - shifted[r * steps + i]);
+          });
           loss =
               (1 - a.label_smoothing) * loss + a.label_smoothing / static_cast<double>(k) * spread;
         }
@@ -468,12 +468,17 @@ void backward_rows(const Backward& a, int64_t begin, int64_t end, Curve f) {
 
     const double at_target =
         hit ? dloss * (1 - a.label_smoothing) * (weight ? weight[y] : T{1}) : 0;
-    const double spread = dloss * a.label_smoothing / static_cast<double>(k);
+    const double spread =
+        a.label_smoothing == 0 ? 0  // also where dloss is infinite
+                               : dloss * a.label_smoothing / static_cast<double>(k);
     share += at_target;
     if (spread != 0)
-      for (int64_t i = 0; i < k; ++i) share += spread * (weight ? weight[indices[i]] : T{1});
+      share += spread * sum_by_lanes<double>(k, [&](int64_t i) {
+                 return static_cast<double>(weight ? weight[indices[i]] : T{1});
+               });
     if (q)
-      for (int64_t i = 0; i < k; ++i) share -= q[i] == 0 ? 0 : static_cast<double>(q[i]) * p[i];
+      share -= sum_by_lanes<double>(
+          k, [&](int64_t i) { return q[i] == 0 ? 0 : static_cast<double>(q[i]) * p[i]; });
     bool outside = hit;
     for (int64_t i = 0; i < k; ++i) {
       const double factor = q ? share + q[i] : share;

@@ -124,7 +124,9 @@ def adaptive_sparse_ce(
         return reduced
     counted = target != ignore_index
     kept = kept.view(target.shape)
-    return reduced, AdaptiveSupport(lse.view(target.shape), kept, (kept == 1) & counted, counted)
+    # of a row that is NaN the target may be all that there is
+    learnt = (kept == 1) & counted & (loss == 0).view(target.shape)
+    return reduced, AdaptiveSupport(lse.view(target.shape), kept, learnt, counted)
 
 
 def _of_several_labels(

@@ -41,24 +41,36 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def logits(value: Tensor) -> None:
-    _no_dtensor("logits", value)
+def _dense(name: str, value: Tensor) -> None:
+    _no_dtensor(name, value)
     if not isinstance(value, Tensor):
-        raise TypeError(f"logits: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense torch.Tensor (torch.strided), got {kind}")
+
+
+def numbers(name: str, value: Tensor) -> None:
+    _dense(name, value)
     if value.dtype not in LOGIT_DTYPES:
         raise TypeError(
-            f"logits: expected float32, bfloat16, float16 or float64, got {value.dtype}"
+            f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}"
         )
+
+
+def logits(value: Tensor) -> None:
+    numbers("logits", value)
     if value.dim() == 0 or value.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(value.shape)}")
 
 
 def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
-    _no_dtensor("target", value)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"target: expected a torch.Tensor, got {type(value).__name__}")
+    _dense("target", value)
     if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: expected int64 or int32 class indices, got {value.dtype}")
+        raise TypeError(
+            f"target: expected int64 or int32 class indices, got {value.dtype} of shape "
+            f"{tuple(value.shape)} beside {beside} of shape {tuple(logits.shape)}"
+        )
     if value.device != logits.device:
         raise ValueError(
             f"target: expected the device of {beside}, {logits.device}, got {value.device}"
@@ -126,9 +138,9 @@ def _class_weight(
 ) -> None:
     if value is None:
         return
-    _no_dtensor(name, value)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
+    _dense(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if value.shape != (num_classes,):
@@ -161,11 +173,7 @@ def plif(num_cells: int, bound: float, init_std: float) -> None:
 
 
 def plif_input(value: Tensor, w: Tensor) -> None:
-    _no_dtensor("x", value)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    numbers("x", value)
     if value.device != w.device:
         raise ValueError(f"x: expected the device of w, {w.device}, got {value.device}")
 
@@ -183,13 +191,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The three tensors of an output layer."""
     given = {"hidden": hidden, "weight": weight, **({} if bias is None else {"bias": bias})}
     for name, value in given.items():
-        _no_dtensor(name, value)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}"
-            )
+        numbers(name, value)
         if value.device != hidden.device:
             raise ValueError(
                 f"{name}: expected the device of hidden, {hidden.device}, got {value.device}"
@@ -256,7 +258,7 @@ def labels(
     return_support: bool,
 ) -> None:
     """Several labels per row: a target of the shape of the logits, and the options that it has."""
-    _no_dtensor("target", value)
+    _dense("target", value)
     if value.device != logits.device:
         raise ValueError(
             f"target: expected the device of logits, {logits.device}, got {value.device}"
@@ -264,8 +266,13 @@ def labels(
     if value.requires_grad:
         raise ValueError("target: expected a tensor without requires_grad, got one with it")
     on_cpu = value.device.type == "cpu" and has_values(value)
-    if on_cpu and value.dtype != torch.bool and not bool(((value == 0) | (value == 1)).all()):
-        raise ValueError("target: expected 0 and 1 alone where it has the shape of logits")
+    if on_cpu and value.dtype != torch.bool:
+        other = value[(value != 0) & (value != 1)]
+        if other.numel() > 0:
+            raise ValueError(
+                "target: expected 0 and 1 alone where it has the shape of logits, several labels "
+                f"per row, got {other[0].item()}"
+            )
     for name, given, default in (
         ("weight", weight, None),
         ("ignore_index", ignore_index, -100),
@@ -303,6 +310,11 @@ def dim(value: int, logits: Tensor) -> None:
         raise TypeError(f"dim: expected an int, got {type(value).__name__}")
     if not -logits.dim() <= value < logits.dim():
         raise IndexError(f"dim: expected -{logits.dim()} <= dim < {logits.dim()}, got {value}")
+    if logits.shape[value] == 0:
+        shape = tuple(logits.shape)
+        raise ValueError(
+            f"logits: expected at least one entry along dim={value}, got shape {shape}"
+        )
 
 
 def schedule(num_classes: int, k: int, warmup_steps: int, anneal_steps: int) -> None:
@@ -351,14 +363,14 @@ def _options(
 
 
 def output(value: Tensor) -> None:
-    _vectors("output", value)
+    numbers("output", value)
     if value.dim() == 0 or value.shape[-1] == 0:
         raise ValueError(f"output: expected shape (..., D) with D >= 1, got {tuple(value.shape)}")
 
 
 def table(name: str, value: Tensor, output: Tensor | None = None, least: int = 1) -> None:
     """Vectors that targets name, beside the output that is compared with them."""
-    _vectors(name, value)
+    numbers(name, value)
     width = "D" if output is None else output.shape[-1]
     fits = value.dim() == 2 and value.shape[0] >= least and value.shape[1] > 0
     if not fits or width not in ("D", value.shape[1]):
@@ -380,16 +392,6 @@ def table(name: str, value: Tensor, output: Tensor | None = None, least: int = 1
         raise TypeError(
             f"{name}: expected float64 beside float64 and nowhere else, got {value.dtype} beside "
             f"{output.dtype}"
-        )
-
-
-def _vectors(name: str, value: Tensor) -> None:
-    _no_dtensor(name, value)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in LOGIT_DTYPES:
-        raise TypeError(
-            f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}"
         )
 
 

@@ -19,7 +19,8 @@ def as_rows(logits: Tensor) -> Tensor:
     if logits.dim() == 1:
         logits = logits.unsqueeze(0)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
+        # without rows any strides count as contiguous
+        logits = logits.clone(memory_format=torch.contiguous_format)
     return logits.flatten(0, -2) if logits.dim() > 3 else logits
 
 
@@ -201,16 +202,12 @@ def sparse_softmax(
     Returns:
         A tensor of the shape and dtype of ``logits``.
     """
-    checks.logits(logits)
+    checks.numbers("logits", logits)
     checks.k(k)
     checks.dim(dim, logits)
     checks.backend(backend)
     moved = logits.movedim(dim, -1)
     num_classes = moved.shape[-1]
-    if num_classes == 0:
-        raise ValueError(
-            f"logits: expected at least one entry along dim={dim}, got shape {tuple(logits.shape)}"
-        )
     k = num_classes if k is None else min(k, num_classes)
     listed = k < num_classes
     name = backends.resolve(backend, logits.device.type, logits.dtype, listed and is_large(k))

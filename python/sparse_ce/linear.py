@@ -124,13 +124,14 @@ def _gradients(
         t.zero_()
     for part, dlogits in chunks:
         if needed[0]:
-            dhidden[part] = dlogits @ wide
+            # 0 times an infinite weight is NaN
+            dhidden[part] = (dlogits @ wide).masked_fill_(idle[part].unsqueeze(-1), 0)
         if needed[1]:
             # sums over chunks in float32: only the product of one chunk is rounded
             dweight += dlogits.t() @ right[part].masked_fill(idle[part].unsqueeze(-1), 0)
         if needed[2]:
             dbias += dlogits.sum(0, dtype=statistics)
-    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dhidden, dweight.to(weight.dtype), dbias
 
 
 def _empty(
@@ -142,7 +143,10 @@ def _empty(
     return (
         hidden.new_empty(hidden.shape if needed[0] else (0,)),
         weight.new_empty(weight.shape if needed[1] else (0,), dtype=dtype),
-        weight.new_empty((classes,) if needed[2] else (0,), dtype=dtype),
+        # what the bias has autograd knows
+        hidden.new_empty(
+            (classes,) if needed[2] else (0,), dtype=schema.statistics_dtype(hidden.dtype)
+        ),
     )
 
 
@@ -189,7 +193,7 @@ def _topk_backward(
     if needed[2]:
         # the bias is the weight of a hidden feature that is always 1
         ones = torch.ones_like(g[:, :1])
-        dbias = add(g, classes, ones, num_classes, g.dtype).squeeze(-1).to(weight.dtype)
+        dbias = add(g, classes, ones, num_classes, g.dtype).squeeze(-1)
     return dhidden, dweight, dbias
 
 

@@ -320,7 +320,8 @@ def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, 
         s = s + torch.where(hit, a * factor, 0)
         g_y = g.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         da = torch.where(hit, factor * gp - smooth * (w * g).sum(-1) - keep * w_y * g_y, 0)
-    dz = s.unsqueeze(-1) * p * (g - gp.unsqueeze(-1))
+    # a row without upstream gradient stays 0 where p is NaN
+    dz = torch.where(s.unsqueeze(-1) == 0, 0, s.unsqueeze(-1) * p * (g - gp.unsqueeze(-1)))
     db = None if b is None else gp
     return (da, db, dz.to(logits.dtype), *(None,) * 9)
 
@@ -376,7 +377,8 @@ def _labels_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...
     )
     gq, gr = (g * q).sum(-1), (g * r).sum(-1)
     dz = q * (g - gq.unsqueeze(-1)) + r * (g - gr.unsqueeze(-1))
-    return (gq - gr, (a.unsqueeze(-1) * dz).to(logits.dtype), *(None,) * 6)
+    dz = torch.where(a.unsqueeze(-1) == 0, 0, a.unsqueeze(-1) * dz)
+    return (gq - gr, dz.to(logits.dtype), *(None,) * 6)
 
 
 differentiable("labels_ce_fwd", _labels_fwd_backward, _labels_fwd_context)
@@ -458,8 +460,16 @@ def _plif_tables_backward(ctx: Any, dslopes: Tensor, _: None) -> tuple[Tensor | 
     return softplus_gradient(dslopes, ctx.saved_tensors[0]), None, None, None
 
 
+# Fewer elements than torch gives to a thread.
+_OF_ONE_THREAD = 16384
+
+
 def softplus_gradient(dslopes: Tensor, w: Tensor) -> Tensor:
-    dw: Tensor = torch.ops.aten.softplus_backward(dslopes, w.to(dslopes.dtype), 1.0, 20.0)
+    # the end of what a thread has is computed by other instructions, and may differ in the last bit
+    size = _OF_ONE_THREAD if w.device.type == "cpu" else max(1, w.numel())
+    parts = zip(torch.split(dslopes, size), torch.split(w.to(dslopes.dtype), size), strict=True)
+    found = [torch.ops.aten.softplus_backward(*part, 1.0, 20.0) for part in parts]
+    dw = found[0] if len(found) == 1 else torch.cat(found)
     return dw.to(w.dtype)
 
 
@@ -642,10 +652,13 @@ def _cosine_coefficients_backward(
     square = torch.where(directed, c.square().sum(-1, keepdim=True), 1)
     a, b = (t.unsqueeze(-1) / square for t in (alpha, beta))
     dc = torch.zeros_like(c)
+    # a row without upstream gradient stays 0 where its numbers are NaN
     if dalpha is not None:
-        dc = dc - dalpha.unsqueeze(-1) * a * c
+        upstream = dalpha.unsqueeze(-1)
+        dc = dc - torch.where(upstream == 0, 0, upstream * a * c)
     if dbeta is not None:
-        dc = dc - dbeta.unsqueeze(-1) * (3 * b * c + a * e)
+        upstream = dbeta.unsqueeze(-1)
+        dc = dc - torch.where(upstream == 0, 0, upstream * (3 * b * c + a * e))
     return torch.where(directed, dc, 0).to(output.dtype)
 
 
@@ -664,8 +677,11 @@ def _cosine_bwd_backward(ctx: Any, ddoutput: Tensor) -> tuple[Tensor | None, ...
     ge = (g * _cosine_vectors(target, embedding, alpha.dtype)).sum(-1)
     # a row without a hit, or without a direction, has no derivative at all
     gc, ge = (torch.where(alpha != 0, dot, 0) for dot in (gc, ge))
-    dc = ((dloss * beta).unsqueeze(-1) * g).to(output.dtype)
-    return beta * gc + alpha * ge, dc, None, None, dloss * gc, dloss * ge, None
+    # a row without upstream gradient stays 0 where its coefficients are NaN
+    dbeta, dalpha = (torch.where(dloss == 0, 0, dloss * dot) for dot in (gc, ge))
+    share = torch.where(dloss == 0, 0, dloss * beta)
+    dc = (share.unsqueeze(-1) * g).to(output.dtype)
+    return beta * gc + alpha * ge, dc, None, None, dbeta, dalpha, None
 
 
 differentiable("cosine_fwd", _cosine_fwd_backward, _cosine_fwd_context)

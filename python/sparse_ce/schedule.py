@@ -88,7 +88,9 @@ class AdaptiveAccumulation:
             rows = int(learnt.numel() if counted is None else counted.sum())
             left = rows - int((learnt if counted is None else learnt & counted).sum())
             if rows > 0:
-                wanted = round(self.scale * rows / left) if left > 0 else self.max_steps
+                wanted = self.scale * rows / left if left > 0 else self.max_steps
+                # a factor may be so large that the product is no integer
+                wanted = round(min(wanted, self.max_steps))
                 self._steps = min(max(wanted, self._steps), self._steps + 1, self.max_steps)
         return self._steps
 
@@ -96,6 +98,9 @@ class AdaptiveAccumulation:
         """To be called once after each backward: True where the optimizer is to step."""
         self._done = (self._done + 1) % self._steps
         return self._done == 0
+
+    def __repr__(self) -> str:
+        return f"AdaptiveAccumulation(scale={self.scale}, max_steps={self.max_steps})"
 
     def state_dict(self) -> dict[str, int]:
         return {"steps": self._steps}
