@@ -10,11 +10,29 @@ from sparse_ce import (
     KSchedule,
     MonotonicPLIF,
     SparseCrossEntropyLoss,
+    SparseLinearCrossEntropy,
     backends,
     continuous_output_loss,
+    fused_linear_sparse_ce,
     fused_sparse_ce,
     sparse_softmax,
 )
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def hooked():
+    layer = torch.nn.Linear(4, 5)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def support():
+    return loss(return_support=True)[1]
+
 
 LOGITS = torch.zeros(3, 5)
 TARGET = torch.tensor([0, 1, 4])
@@ -258,11 +276,6 @@ ERRORS = {
         TypeError,
         "expected an int, got bool",
     ),
-    "temperature of a module": (
-        lambda: SparseCrossEntropyLoss(2, temperature=2.0),
-        TypeError,
-        "expected one of the options weight, link, ignore_index, .*, got 'temperature'",
-    ),
     "weight of a module": (
         lambda: SparseCrossEntropyLoss(2, weight=[1.0, 2.0]),
         TypeError,
@@ -354,7 +367,7 @@ ERRORS = {
     "target_vectors instead of a target": (
         lambda: head(target=None),
         TypeError,
-        "expected a torch.Tensor where target is None, got NoneType",
+        "expected a torch.Tensor where there is no target, got NoneType",
     ),
     "target_vectors for each row": (
         lambda: head(target=None, target_vectors=EMBEDDING),
@@ -371,10 +384,97 @@ ERRORS = {
         ValueError,
         "expected one of cosine, l2, got 'dot'",
     ),
-    "label_smoothing of a head": (
-        lambda: head(label_smoothing=0.1),
+    "reduction of a head": (
+        lambda: head(reduction="avg"),
+        ValueError,
+        "expected one of mean, sum, none, got 'avg'",
+    ),
+    "hidden of a head": (
+        lambda: head(LOGITS[:, :4]),
+        ValueError,
+        r"expected shape \(\.\.\., 5\), got \(3, 4\)",
+    ),
+    "logits sparse": (
+        lambda: loss(LOGITS.to_sparse()),
         TypeError,
-        "expected one of the options distance, .*, reduction, backend, got 'label_smoothing'",
+        r"expected a dense torch.Tensor \(torch.strided\), got torch.sparse_coo",
+    ),
+    "logits nested": (
+        lambda: loss(torch.nested.nested_tensor([LOGITS, LOGITS])),
+        TypeError,
+        r"expected a dense torch.Tensor \(torch.strided\), got a nested tensor",
+    ),
+    "target sparse": (
+        lambda: loss(target=TARGET.to_sparse()),
+        TypeError,
+        r"expected a dense torch.Tensor \(torch.strided\), got torch.sparse_coo",
+    ),
+    "weight of a layer, sparse": (
+        lambda: fused_linear_sparse_ce(LOGITS, EMBEDDING.to_sparse(), TARGET, 2),
+        TypeError,
+        r"expected a dense torch.Tensor \(torch.strided\), got torch.sparse_coo",
+    ),
+    "return_support type": (
+        lambda: loss(return_support="no"),
+        TypeError,
+        "expected a bool, got str",
+    ),
+    "class_weight of a module": (
+        lambda: SparseLinearCrossEntropy(4, 5, 2, class_weight=torch.ones(4)),
+        ValueError,
+        r"expected shape \(5,\), one weight per class, got \(4,\)",
+    ),
+    "weight of a module's classes": (
+        lambda: SparseCrossEntropyLoss(2, weight=torch.ones(4, dtype=torch.int64)),
+        TypeError,
+        "expected a floating-point dtype, got torch.int64",
+    ),
+    "linear type": (
+        lambda: SparseLinearCrossEntropy.from_linear(EMBEDDING, 2),
+        TypeError,
+        "expected a torch.nn.Linear, got Tensor",
+    ),
+    "linear lazy": (
+        lambda: SparseLinearCrossEntropy.from_linear(torch.nn.LazyLinear(5), 2),
+        ValueError,
+        "expected a plain torch.nn.Linear, got LazyLinear with parameters that have no shape yet",
+    ),
+    "linear parametrised": (
+        lambda: SparseLinearCrossEntropy.from_linear(
+            torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 5)), 2
+        ),
+        ValueError,
+        "expected a plain torch.nn.Linear, got ParametrizedLinear with a parametrised weight",
+    ),
+    "linear with hooks": (
+        lambda: SparseLinearCrossEntropy.from_linear(hooked(), 2),
+        ValueError,
+        "expected a plain torch.nn.Linear, got Linear with hooks",
+    ),
+    "linear of its own": (
+        lambda: SparseLinearCrossEntropy.from_linear(Halved(4, 5), 2),
+        ValueError,
+        "expected a plain torch.nn.Linear, got Halved with a forward of its own",
+    ),
+    "bias beside a linear": (
+        lambda: SparseLinearCrossEntropy.from_linear(torch.nn.Linear(4, 5), 2, bias=True),
+        TypeError,
+        "expected that of linear, got True",
+    ),
+    "target of hit": (
+        lambda: support().hit(TARGET.unsqueeze(-1)),
+        ValueError,
+        r"expected shape \(3,\), got \(3, 1\)",
+    ),
+    "target of accuracy": (
+        lambda: support().accuracy(TARGET.float()),
+        TypeError,
+        "expected int64 or int32 class indices, got torch.float32",
+    ),
+    "bound of another function": (
+        lambda: MonotonicPLIF(4).load_state_dict(MonotonicPLIF(4, bound=5.0).state_dict()),
+        ValueError,
+        "expected 20.0, that of the MonotonicPLIF which loads, got 5.0",
     ),
     "unk type": (lambda: head(unk="<unk>"), TypeError, "expected an int or None, got str"),
     "unk range": (

@@ -57,7 +57,7 @@ ARROWS = {
     "native": {"schema"},
     "schema": {"_C"},
     "schedule": {"checks"},
-    "support": set(),
+    "support": {"checks"},
     "continuous": {"functional", "checks", "backends", "ops", "schema"},
     "eager": {"schema"},
     "reference": set(),

@@ -5,7 +5,13 @@ import doctest
 import cases
 import pytest
 import torch
-from sparse_ce import KSchedule, SparseCrossEntropyLoss, fused_sparse_ce, schedule
+from sparse_ce import (
+    KSchedule,
+    SparseCrossEntropyLoss,
+    SparseLinearCrossEntropy,
+    fused_sparse_ce,
+    schedule,
+)
 
 TARGET = torch.tensor([3, -1, 0])
 
@@ -54,7 +60,25 @@ def test_k_may_change_between_steps():
 
 def test_repr_shows_the_options():
     module = SparseCrossEntropyLoss(5, reduction="sum", ignore_index=-1)
-    assert repr(module) == "SparseCrossEntropyLoss(k=5, reduction='sum', ignore_index=-1)"
+    assert repr(module) == "SparseCrossEntropyLoss(k=5, ignore_index=-1, reduction='sum')"
+
+
+def test_options_may_change_between_steps():
+    module = SparseCrossEntropyLoss(5)
+    logits, target = cases.logits("random", 3, 37, torch.float32), torch.tensor([3, 0, 36])
+    options = dict(label_smoothing=0.1, reduction="none", ignore_index=3, return_support=True)
+    for name, value in options.items():
+        setattr(module, name, value)
+    loss, support = module(logits, target)
+    wanted, _ = fused_sparse_ce(logits, target, 5, **options)
+    assert torch.equal(loss, wanted) and support.indices.shape == (3, 5)
+    module.reduction = "avg"
+    with pytest.raises(ValueError, match="^reduction: expected one of mean, sum, none, got 'avg'"):
+        module(logits, target)
+    head = SparseLinearCrossEntropy(4, 37, 5)
+    head.weight_grad = "row_sparse"
+    head(torch.randn(3, 4), target).backward()
+    assert head.weight.grad.is_sparse and "weight_grad='row_sparse'" in repr(head)
 
 
 def test_the_example_of_the_schedule():

@@ -888,6 +888,7 @@ def test_parameters_of_other_dtypes_and_devices():
     copy = MonotonicPLIF(1000)
     copy.load_state_dict(noisy.state_dict())
     assert 0.4 < noisy.w.std() < 0.6 and torch.equal(copy(x), noisy(x))
+    assert copy.bfloat16().state_dict()["_extra_state"].item() == 20.0
     noisy.reset_parameters()
     assert not torch.equal(copy.w, noisy.w)
 

@@ -99,6 +99,7 @@ def adaptive_sparse_ce(
     checks.logits(logits)
     checks.delta(delta)
     checks.reduction(reduction)
+    checks.return_support(return_support)
     checks.backend(backend)
     if isinstance(target, Tensor) and target.shape == logits.shape and logits.dim() > 0:
         checks.labels(target, logits, weight, ignore_index, label_smoothing, return_support)

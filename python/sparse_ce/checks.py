@@ -5,7 +5,8 @@ GPU.
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,13 @@ def plif(num_cells: int, bound: float, init_std: float) -> None:
         raise ValueError(f"init_std: expected 0 <= init_std, finite, got {init_std}")
 
 
+def saved_bound(value: float, bound: float) -> None:
+    if value != bound:
+        raise ValueError(
+            f"bound: expected {bound}, that of the MonotonicPLIF which loads, got {value}"
+        )
+
+
 def plif_input(value: Tensor, w: Tensor) -> None:
     numbers("x", value)
     if value.device != w.device:
@@ -330,36 +338,74 @@ def schedule(num_classes: int, k: int, warmup_steps: int, anneal_steps: int) -> 
             raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
 
 
-def options(
-    value: dict[str, object], weight_name: str, weight: Tensor | None, linear: bool = False
-) -> None:
-    """The keyword options that a module passes on to fused_sparse_ce, or to fused_linear_sparse_ce,
-    and its weight of the classes, checked where the module is made.
-    """
-    if weight is not None and not isinstance(weight, Tensor):
-        kind = type(weight).__name__
-        raise TypeError(f"{weight_name}: expected a torch.Tensor or None, got {kind}")
-    known: dict[str, Callable[..., None]] = {
+def options(value: dict[str, Any]) -> None:
+    """What a module holds, checked where it is made too."""
+    known: dict[str, Callable[[Any], None]] = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
         "reduction": reduction,
-        "return_support": lambda _: None,
+        "return_support": return_support,
+        "weight_grad": weight_grad,
+        "backward": backward,
+        "chunk_bytes": chunk_bytes,
         "backend": backend,
     }
-    if linear:
-        known |= {"weight_grad": weight_grad, "backward": backward, "chunk_bytes": chunk_bytes}
-    _options(value, known, (weight_name,) if linear else (weight_name, "link"))
-
-
-def _options(
-    value: dict[str, object], known: dict[str, Callable[..., None]], beside: tuple[str, ...]
-) -> None:
-    """`beside` are options that a module has by name."""
     for name, option in value.items():
-        if name not in known:
-            names = ", ".join((*beside, *known))
-            raise TypeError(f"{name}: expected one of the options {names}, got {name!r}")
         known[name](option)
+
+
+def return_support(value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"return_support: expected a bool, got {type(value).__name__}")
+
+
+def weight_of_module(name: str, value: Tensor | None, num_classes: int | None = None) -> None:
+    """The weight of the classes, where the number of classes may be unknown yet."""
+    if value is None:
+        return
+    count = num_classes
+    if count is None:
+        count = value.shape[0] if isinstance(value, Tensor) and value.dim() == 1 else -1
+    _class_weight(name, value, count, name, getattr(value, "device", torch.device("cpu")))
+
+
+def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str, object]) -> None:
+    """A layer of which nothing is lost where another takes its parameters."""
+    if not isinstance(value, nn.Linear):
+        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(value).__name__}")
+    kind, found = type(value).__name__, None
+    if type(value).forward not in forwards or "forward" in vars(value):
+        found = "a forward of its own"
+    elif not isinstance(value._parameters.get("weight"), nn.Parameter):
+        found = "a parametrised weight"
+    elif nn.parameter.is_lazy(value.weight):
+        found = "parameters that have no shape yet"
+    elif any(hooks for name, hooks in vars(value).items() if name.endswith("_hooks") and hooks):
+        found = "hooks"
+    if found is not None:
+        raise ValueError(f"linear: expected a plain torch.nn.Linear, got {kind} with {found}")
+    for name in ("bias", "device", "dtype"):
+        if name in options:
+            raise TypeError(f"{name}: expected that of linear, got {options[name]!r}")
+
+
+def of_support(value: Tensor, indices: Tensor) -> None:
+    """A target that is looked for among the classes kept."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target: expected int64 or int32 class indices, got {value.dtype}")
+    if value.shape != indices.shape[:-1]:
+        raise ValueError(
+            f"target: expected shape {tuple(indices.shape[:-1])}, got {tuple(value.shape)}"
+        )
+
+
+def hidden(value: Tensor, projection: nn.Linear) -> None:
+    numbers("hidden", value)
+    width = projection.in_features
+    if value.dim() == 0 or value.shape[-1] != width:
+        raise ValueError(f"hidden: expected shape (..., {width}), got {tuple(value.shape)}")
 
 
 def output(value: Tensor) -> None:
@@ -417,7 +463,7 @@ def row_vectors(value: Tensor | None, output: Tensor) -> Tensor:
     """The vectors (..., D) that a head is given instead of a target, as a table (N, D)."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"target_vectors: expected a torch.Tensor where target is None, "
+            "target_vectors: expected a torch.Tensor where there is no target, "
             f"got {type(value).__name__}"
         )
     if value.shape != output.shape:
@@ -428,13 +474,3 @@ def row_vectors(value: Tensor | None, output: Tensor) -> Tensor:
     vectors = value.reshape(-1, value.shape[-1])
     table("target_vectors", vectors, output, least=0)
     return vectors
-
-
-def continuous_options(value: dict[str, object]) -> None:
-    """As `options`, of a head that passes them on to continuous_output_loss."""
-    known: dict[str, Callable[..., None]] = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "backend": backend,
-    }
-    _options(value, known, ("distance", "unk", "table_device", "bias", "device", "dtype"))

@@ -133,6 +133,7 @@ def fused_sparse_ce(
     if link is not None:
         checks.link(link, MonotonicPLIF, logits)
     checks.reduction(reduction)
+    checks.return_support(return_support)
     checks.backend(backend)
     num_classes = logits.shape[-1]
     checks.target_range(target, num_classes, ignore_index)

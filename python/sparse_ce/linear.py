@@ -486,6 +486,7 @@ def fused_linear_sparse_ce(
     checks.ignore_index(ignore_index)
     checks.label_smoothing(label_smoothing)
     checks.reduction(reduction)
+    checks.return_support(return_support)
     checks.weight_grad(weight_grad)
     checks.backward(backward)
     checks.chunk_bytes(chunk_bytes)

@@ -52,6 +52,13 @@ class MonotonicPLIF(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.w, _SLOPE_ONE, self.init_std)
 
+    def get_extra_state(self) -> Tensor:
+        """With ``w`` in the ``state_dict``: the same ``w`` on another bound is another function."""
+        return torch.tensor(self.bound, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        checks.saved_bound(float(state), self.bound)
+
     def tables(self, dtype: torch.dtype, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """Slopes and offsets, (K,) each, in the dtype of the statistics of ``dtype``."""
         name = backends.resolve(backend, self.w.device.type, dtype, False)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 class Support(NamedTuple):
     """The k classes that each row kept. N stands for the shape of target.
@@ -23,12 +25,16 @@ class Support(NamedTuple):
 
     def hit(self, target: Tensor) -> Tensor:
         """(N) bool: the target is in the support. A share of hits near k / V says that training
-        starves (README).
+        starves (README). Rows of ``ignore_index`` are no hits: leave them out of a mean.
         """
+        checks.of_support(target, self.indices)
         return (self.indices == target.unsqueeze(-1)).any(-1)
 
     def accuracy(self, target: Tensor) -> Tensor:
-        """(N) bool: the target is the first class. ``.float().mean()`` is the top-1 accuracy."""
+        """(N) bool: the target is the first class. ``.float().mean()`` is the top-1 accuracy, where
+        no row is ignored.
+        """
+        checks.of_support(target, self.indices)
         return self.indices[..., 0] == target
 
     def entropy(self) -> Tensor:
