@@ -35,6 +35,7 @@ def support():
 
 
 LOGITS = torch.zeros(3, 5)
+NUMPY_INT = type("int64", (), {"__module__": "numpy"})
 TARGET = torch.tensor([0, 1, 4])
 
 
@@ -393,6 +394,16 @@ ERRORS = {
         lambda: head(LOGITS[:, :4]),
         ValueError,
         r"expected shape \(\.\.\., 5\), got \(3, 4\)",
+    ),
+    "k of numpy": (
+        lambda: loss(k=NUMPY_INT()),
+        TypeError,
+        r"expected an int or None \(the dense softmax\), got numpy.int64",
+    ),
+    "target flattened": (
+        lambda: loss(LOGITS.view(3, 1, 5)),
+        ValueError,
+        r"expected shape \(3, 1\), got \(3,\); .* pass target.view\(\(3, 1\)\)",
     ),
     "logits sparse": (
         lambda: loss(LOGITS.to_sparse()),

@@ -58,7 +58,11 @@ def _triton_unavailable() -> str | None:
 
 def _cpu_unavailable() -> str | None:
     if schema.NATIVE_ERROR is not None:
-        return f"the compiled library sparse_ce._C does not import: {schema.NATIVE_ERROR}"
+        built = schema.build_note()["cpu"]
+        return (
+            f"the compiled library sparse_ce._C does not import: {schema.NATIVE_ERROR}; "
+            f"on install, C++ kernels: {built}"
+        )
     return None
 
 

@@ -37,6 +37,12 @@ def has_values(tensor: Tensor) -> bool:
     return fake is None or not isinstance(tensor, fake.FakeTensor)
 
 
+def _kind(value: object) -> str:
+    """An int64 of numpy is no int."""
+    name, module = type(value).__name__, type(value).__module__
+    return f"numpy.{name}" if module == "numpy" else name
+
+
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
@@ -45,7 +51,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _dense(name: str, value: Tensor) -> None:
     _no_dtensor(name, value)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_kind(value)}")
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
         raise TypeError(f"{name}: expected a dense torch.Tensor (torch.strided), got {kind}")
@@ -88,6 +94,8 @@ def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
                 "; these shapes fit the (N, C, d1, ...) layout of F.cross_entropy, here the "
                 "classes come last: pass logits.movedim(1, -1)"
             )
+        elif value.numel() == rows.numel():
+            message += f"; it has as many elements: pass target.view({tuple(rows)})"
         raise ValueError(message)
 
 
@@ -121,7 +129,7 @@ def k(value: int | None, optional: bool = True) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         kinds = "an int or None (the dense softmax)" if optional else "an int"
-        raise TypeError(f"k: expected {kinds}, got {type(value).__name__}")
+        raise TypeError(f"k: expected {kinds}, got {_kind(value)}")
     if value < 1:
         raise ValueError(f"k: expected 1 <= k, got {value}")
 
@@ -140,7 +148,7 @@ def _class_weight(
     if value is None:
         return
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {_kind(value)}")
     _dense(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
@@ -160,13 +168,13 @@ def _class_weight(
 def plif(num_cells: int, bound: float, init_std: float) -> None:
     """The arguments of MonotonicPLIF."""
     if isinstance(num_cells, bool) or not isinstance(num_cells, int):
-        raise TypeError(f"num_cells: expected an int, got {type(num_cells).__name__}")
+        raise TypeError(f"num_cells: expected an int, got {_kind(num_cells)}")
     # beyond it float32 does not number the cells
     if not 1 <= num_cells <= 2**24:
         raise ValueError(f"num_cells: expected 1 <= num_cells <= 2^24, got {num_cells}")
     for name, value in (("bound", bound), ("init_std", init_std)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected a float, got {_kind(value)}")
     if not 0 < bound < math.inf:
         raise ValueError(f"bound: expected 0 < bound, finite, got {bound}")
     if not 0 <= init_std < math.inf:
@@ -189,7 +197,7 @@ def plif_input(value: Tensor, w: Tensor) -> None:
 def link(value: object, kind: type[nn.Module], logits: Tensor | None = None) -> None:
     """`logits` where they are known."""
     if not isinstance(value, kind):
-        raise TypeError(f"link: expected a {kind.__name__} or None, got {type(value).__name__}")
+        raise TypeError(f"link: expected a {kind.__name__} or None, got {_kind(value)}")
     device = next(value.parameters()).device
     if logits is not None and device != logits.device:
         raise ValueError(f"link: expected the device of logits, {logits.device}, got {device}")
@@ -233,26 +241,26 @@ def chunk_bytes(value: int | None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"chunk_bytes: expected an int or None, got {type(value).__name__}")
+        raise TypeError(f"chunk_bytes: expected an int or None, got {_kind(value)}")
     if value < 1:
         raise ValueError(f"chunk_bytes: expected 1 <= chunk_bytes, got {value}")
 
 
 def ignore_index(value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
+        raise TypeError(f"ignore_index: expected an int, got {_kind(value)}")
 
 
 def label_smoothing(value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"label_smoothing: expected a float, got {type(value).__name__}")
+        raise TypeError(f"label_smoothing: expected a float, got {_kind(value)}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {value}")
 
 
 def delta(value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"delta: expected a float, got {type(value).__name__}")
+        raise TypeError(f"delta: expected a float, got {_kind(value)}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"delta: expected 0 <= delta <= 1, got {value}")
 
@@ -296,11 +304,11 @@ def labels(
 
 def accumulation(scale: float, max_steps: int) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
+        raise TypeError(f"scale: expected a float, got {_kind(scale)}")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: expected 0 < scale, finite, got {scale}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int):
-        raise TypeError(f"max_steps: expected an int, got {type(max_steps).__name__}")
+        raise TypeError(f"max_steps: expected an int, got {_kind(max_steps)}")
     if max_steps < 1:
         raise ValueError(f"max_steps: expected max_steps >= 1, got {max_steps}")
 
@@ -315,7 +323,7 @@ def backend(value: str) -> None:
 
 def dim(value: int, logits: Tensor) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"dim: expected an int, got {type(value).__name__}")
+        raise TypeError(f"dim: expected an int, got {_kind(value)}")
     if not -logits.dim() <= value < logits.dim():
         raise IndexError(f"dim: expected -{logits.dim()} <= dim < {logits.dim()}, got {value}")
     if logits.shape[value] == 0:
@@ -333,7 +341,7 @@ def schedule(num_classes: int, k: int, warmup_steps: int, anneal_steps: int) -> 
         ("anneal_steps", anneal_steps, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected an int, got {_kind(value)}")
         if value < least:
             raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
 
@@ -356,7 +364,7 @@ def options(value: dict[str, Any]) -> None:
 
 def return_support(value: bool) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"return_support: expected a bool, got {type(value).__name__}")
+        raise TypeError(f"return_support: expected a bool, got {_kind(value)}")
 
 
 def weight_of_module(name: str, value: Tensor | None, num_classes: int | None = None) -> None:
@@ -372,7 +380,7 @@ def weight_of_module(name: str, value: Tensor | None, num_classes: int | None = 
 def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str, object]) -> None:
     """A layer of which nothing is lost where another takes its parameters."""
     if not isinstance(value, nn.Linear):
-        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(value).__name__}")
+        raise TypeError(f"linear: expected a torch.nn.Linear, got {_kind(value)}")
     kind, found = type(value).__name__, None
     if type(value).forward not in forwards or "forward" in vars(value):
         found = "a forward of its own"
@@ -392,7 +400,7 @@ def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str
 def of_support(value: Tensor, indices: Tensor) -> None:
     """A target that is looked for among the classes kept."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"target: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"target: expected a torch.Tensor, got {_kind(value)}")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: expected int64 or int32 class indices, got {value.dtype}")
     if value.shape != indices.shape[:-1]:
@@ -449,7 +457,7 @@ def unk(value: int | None, embedding: Tensor, ignore_index: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"unk: expected an int or None, got {type(value).__name__}")
+        raise TypeError(f"unk: expected an int or None, got {_kind(value)}")
     if not 0 <= value < embedding.shape[0] or value == ignore_index:
         raise ValueError(
             f"unk: expected a row in [0, {embedding.shape[0]}) other than "
@@ -463,8 +471,7 @@ def row_vectors(value: Tensor | None, output: Tensor) -> Tensor:
     """The vectors (..., D) that a head is given instead of a target, as a table (N, D)."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            "target_vectors: expected a torch.Tensor where there is no target, "
-            f"got {type(value).__name__}"
+            f"target_vectors: expected a torch.Tensor where there is no target, got {_kind(value)}"
         )
     if value.shape != output.shape:
         raise ValueError(

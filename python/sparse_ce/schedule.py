@@ -62,7 +62,8 @@ class AdaptiveAccumulation:
     ...         optimizer.step()
     ...         optimizer.zero_grad()
 
-    ``steps`` waits for a GPU, once per update. ``state_dict`` and ``load_state_dict`` are for
+    An epoch may end within an update: its gradients wait for the next batch. ``steps`` waits for a
+    GPU, once per update. ``state_dict`` and ``load_state_dict`` are for
     checkpoints, which belong after an update.
 
     Args:
@@ -70,7 +71,7 @@ class AdaptiveAccumulation:
         max_steps: the most micro-batches to an update.
     """
 
-    def __init__(self, scale: float = 1.0, max_steps: int = 2) -> None:
+    def __init__(self, *, scale: float = 1.0, max_steps: int = 2) -> None:
         checks.accumulation(scale, max_steps)
         self.scale = scale
         self.max_steps = max_steps
