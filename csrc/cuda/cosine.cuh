@@ -104,10 +104,9 @@ __global__ void __launch_bounds__(Group<32>::kBlock, resident<T>(Group<32>::kBlo
                          ce += a.normalize ? c[i] * e[i] : d * d;
                        }
                      });
-  const auto add = [](S x, S y) { return x + y; };
-  cc = group.reduce(cc, add);
-  ee = group.reduce(ee, add);
-  ce = group.reduce(ce, add);
+  cc = group.sum(cc);
+  ee = group.sum(ee);
+  ce = group.sum(ce);
   if (group.rank != 0) return;
 
   S loss = kNan<S>, by_output = 0, by_target = 0;

@@ -100,9 +100,10 @@ template <int THREADS> class Group {
     return across_warps(reduce_lanes<kLanes>(x, combine), combine);
   }
 
-  __device__ int sum(int x) {
-    const auto combine = [](int a, int b) { return a + b; };
-    if constexpr (kLanes == 32)
+  template <class V> __device__ V sum(V x) {
+    static_assert(!std::is_same<V, bool>::value, "a sum of bools is a bool: see count");
+    const auto combine = [](V a, V b) { return a + b; };
+    if constexpr (kLanes == 32 && std::is_same<V, int>::value)
       return across_warps(__reduce_add_sync(kAllLanes, x), combine);
     else
       return reduce(x, combine);
@@ -124,7 +125,10 @@ template <int THREADS> class Group {
       return reduce(x, combine);
   }
 
-  // How many threads before this one say yes.
+  // How many threads say yes.
+  __device__ int count(bool yes) { return sum(static_cast<int>(yes)); }
+
+  // And of those before this one.
   __device__ int count_before(bool yes) {
     static_assert(kLanes == 32);
     const unsigned all = __ballot_sync(kAllLanes, yes);

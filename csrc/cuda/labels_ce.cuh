@@ -79,8 +79,8 @@ template <class S> struct Extremes {
 
 template <class S, int THREADS>
 __device__ Extremes<S> together(Group<THREADS>& group, Extremes<S> seen) {
-  seen.low = group.reduce(seen.low, [](S x, S y) { return x < y ? x : y; });
-  seen.high = group.reduce(seen.high, [](S x, S y) { return x > y ? x : y; });
+  seen.low = group.least(seen.low);
+  seen.high = group.greatest(seen.high);
   seen.positives = group.sum(seen.positives);
   return seen;
 }
@@ -148,11 +148,10 @@ template <class S> struct Kept {
 };
 
 template <class S, int THREADS> __device__ Kept<S> together(Group<THREADS>& group, Kept<S> kept) {
-  const auto add = [](S x, S y) { return x + y; };
-  kept.negative = group.reduce(kept.negative, add);
-  kept.positive = group.reduce(kept.positive, add);
-  kept.least = group.reduce(kept.least, [](S x, S y) { return x < y ? x : y; });
-  kept.most = group.reduce(kept.most, [](S x, S y) { return x > y ? x : y; });
+  kept.negative = group.sum(kept.negative);
+  kept.positive = group.sum(kept.positive);
+  kept.least = group.least(kept.least);
+  kept.most = group.greatest(kept.most);
   return kept;
 }
 

@@ -30,12 +30,11 @@ __device__ __forceinline__ bool is_smooth(double label_smoothing) {
 template <class S, bool ONE_TURN, int THREADS, class Value>
 __device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n, Value value,
                              S row_max, int64_t target, S at_target) {
-  const auto add = [](S x, S y) { return x + y; };
   const int k = static_cast<int>(a.k);
   const auto weight = static_cast<const S*>(a.weight);
   S total = 0;
   for_each_rank<ONE_TURN>(group, k, [&](int rank) { total += std::exp(value(rank) - row_max); });
-  const S log_sum = std::log(group.reduce(total, add));
+  const S log_sum = std::log(group.sum(total));
 
   const bool smooth = is_smooth(a.label_smoothing);
   S spread = 0;
@@ -44,7 +43,7 @@ __device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n,
     static_cast<S*>(a.probs)[n * a.k + rank] = std::exp(shifted - log_sum);
     if (smooth) spread += (weight ? weight[a.indices[n * a.k + rank]] : S{1}) * (log_sum - shifted);
   });
-  if (smooth) spread = group.reduce(spread, add);
+  if (smooth) spread = group.sum(spread);
   if (group.rank == 0) {
     S loss = kNan<S>;
     if (is_class(target, a.logits.classes)) {
@@ -119,7 +118,7 @@ template <class S> struct ListGradient {
         sum += share * (weight ? weight[indices[rank]] : S{1});
         if (dprobs && dprobs[rank] != 0) sum -= dprobs[rank] * probs[rank];
       }
-      factor += group.reduce(sum, [](S x, S y) { return x + y; });
+      factor += group.sum(sum);
     }
   }
 

@@ -100,9 +100,8 @@ template <class S> struct Adding {
 
   // Of all threads of the group.
   template <int THREADS> __device__ void finish(Group<THREADS>& group, double* outside) {
-    const auto sum = [](double x, double y) { return x + y; };
-    left = group.reduce(left, sum);
-    right = group.reduce(right, sum);
+    left = group.sum(left);
+    right = group.sum(right);
     if (group.rank != 0) return;
     outside[0] = left;
     outside[1] = right;
@@ -188,7 +187,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
     for_each_class<T>(group, row, classes, [&](T x, int i) {
       spread += (weight ? weight[i] : S{1}) * (row_max - f(number_of(x)));
     });
-    spread = group.reduce(spread, [](S x, S y) { return x + y; });
+    spread = group.sum(spread);
   }
   if (group.rank != 0) return;
 
@@ -329,7 +328,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
     in_support = in_support || gradient.is_target(index);
     row[index] = turn(gradient(rank, index, gradient.probs[rank]), values[rank]);
   }
-  const int found = group.sum(in_support);
+  const int found = group.count(in_support);
   if (group.rank == 0 && gradient.hit && found == 0)
     row[gradient.target] = turn(0 - gradient.at_target, values[k]);
   if (a.sums.scale) sums.finish(group, a.sums.outside + 2 * n);

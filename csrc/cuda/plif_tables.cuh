@@ -141,10 +141,6 @@ __device__ __forceinline__ double common_scale(Group<kCellThreads>& group, const
   return fixed_point(group.greatest(largest), a.cells);
 }
 
-template <int THREADS> __device__ uint64_t sum_of(Group<THREADS>& group, uint64_t x) {
-  return group.reduce(x, [](uint64_t a, uint64_t b) { return a + b; });
-}
-
 __device__ __forceinline__ double number_of_sum(uint64_t sum) {
   return static_cast<double>(static_cast<int64_t>(sum));
 }
@@ -170,7 +166,7 @@ template <class S> __global__ void __launch_bounds__(kCellThreads)
     for (int i = group.rank; i < kCellTurn; i += kCellThreads)
       sum += fixed_step<S>(a, parts, first + i, scale);
   }
-  sum = sum_of(group, sum);
+  sum = group.sum(sum);
   if (group.rank == 0) sums_of(a, parts)[blockIdx.x] = sum;
 }
 
@@ -202,7 +198,7 @@ template <class S> __global__ void __launch_bounds__(kCellThreads)
     if (part < static_cast<int>(blockIdx.x)) passed += sums_of(a, parts)[part];
     if (part < parts.middle) passed -= sums_of(a, parts)[part];
   }
-  passed = sum_of(group, passed);
+  passed = group.sum(passed);
 #pragma unroll 1
   for (int turn = 0; turn < parts.turns; ++turn) {
     const int cell = parts.first_cell(turn) + 2 * group.rank;
@@ -228,7 +224,7 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS)
     for (int i = group.rank; i < kCellTurn; i += THREADS)
       if (parts.has(first + i)) sum += static_cast<uint64_t>(a.sums[2 * (first + i)]);
   }
-  sum = sum_of(group, sum);
+  sum = group.sum(sum);
   if (group.rank == 0) static_cast<uint64_t*>(a.scratch)[blockIdx.x] = sum;
 }
 
@@ -242,8 +238,8 @@ template <class S> __global__ void __launch_bounds__(kCellThreads)
     if (part < static_cast<int>(blockIdx.x)) passed += found[part];
     total += found[part];
   }
-  passed = sum_of(group, passed);
-  total = sum_of(group, total);
+  passed = group.sum(passed);
+  total = group.sum(total);
   const auto sums = reinterpret_cast<const uint64_t*>(a.sums);
   const int middle = parts.cells / 2;
   const double width = 2 * parts.unit / *a.scale;

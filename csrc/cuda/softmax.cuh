@@ -66,7 +66,7 @@ template <class S> __device__ __forceinline__ void absorb(Softmax<S>& seen, S z)
 template <class S, int THREADS>
 __device__ __forceinline__ Softmax<S> together(Group<THREADS>& group, Softmax<S> seen) {
   seen.rise_to(group.reduce(seen.largest, [](S x, S y) { return larger(x, y); }));
-  seen.total = group.reduce(seen.total, [](S x, S y) { return x + y; });
+  seen.total = group.sum(seen.total);
   // the exponential of the largest is 1, unless there is none but minus infinity
   if (seen.total == 0) seen.largest = -kInfinite<S>;
   return seen;

@@ -45,12 +45,11 @@ template <class S> struct Look {
 };
 
 template <class S, int THREADS> __device__ Look<S> together(Group<THREADS>& group, Look<S> look) {
-  const auto add = [](S x, S y) { return x + y; };
   look.kept = group.sum(look.kept);
-  look.total = group.reduce(look.total, add);
-  look.least = group.reduce(look.least, [](S x, S y) { return x < y ? x : y; });
-  look.weights = group.reduce(look.weights, add);
-  look.spread = group.reduce(look.spread, add);
+  look.total = group.sum(look.total);
+  look.least = group.least(look.least);
+  look.weights = group.sum(look.weights);
+  look.spread = group.sum(look.spread);
   return look;
 }
 
@@ -101,7 +100,7 @@ __device__ StatisticOf<T> total_of_largest(Group<THREADS>& group, const T* row, 
     const S z = number_of(x), e = exp_nonpositive(z - row_max);
     total += is_kept(z, i, cut, cut_index) ? e : S{0};
   });
-  return group.reduce(total, [](S x, S y) { return x + y; });
+  return group.sum(total);
 }
 
 // Of all classes, unweighted: the sum of their distances from the maximum.
@@ -111,7 +110,7 @@ template <class T, int THREADS> __device__ StatisticOf<T> spread_of_all(Group<TH
   using S = StatisticOf<T>;
   S spread = 0;
   for_each_class<T>(group, row, classes, [&](T x, int) { spread += row_max - number_of(x); });
-  return group.reduce(spread, [](S x, S y) { return x + y; });
+  return group.sum(spread);
 }
 
 // Where k cuts: the k-th class, as forward goes on with it and returns it.

@@ -120,7 +120,7 @@ __device__ int collect_exactly(Group<THREADS>& group, Shared<Item> list, const T
     const Item candidate =
         Item::of(i < size ? Order<T>::key(row[first + i]) : KeyOf<T>{}, first + i);
     bool keep = i < size && candidate > last;
-    if (length + group.sum(keep) > LIST) {
+    if (length + group.count(keep) > LIST) {
       sort<T>(group, list, length);
       last = list[k - 1];
       length = k;
@@ -363,7 +363,7 @@ template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, resid
     const int tie_rank = ties + group.count_before(tie);
     const bool keep = i < classes && (key > kth.key || (tie && tie_rank < kth.missing));
     group.append(best, capacity, keep, ItemOf<T>::of(key, i));
-    ties += group.sum(tie);
+    ties += group.count(tie);
   }
   for (int i = k + group.rank; i < capacity; i += THREADS) best[i] = last_item<T, ItemOf<T>>();
   group.sync();
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
   bool in_support = listed && gradient.is_target(first_index);
   for (int rank = group.rank + THREADS; rank < k; rank += THREADS)
     in_support = in_support || gradient.is_target(gradient.indices[rank]);
-  const int found = group.sum(in_support);
+  const int found = group.count(in_support);
   // the zeros lie before the numbers: a warp has met no barrier yet
   if constexpr (G::kInWarp) group.sync();
   const auto write = [&](int index, Statistic g) {
