@@ -10,8 +10,8 @@
 // read again in the order of the index, 32 classes at a time.
 #pragma once
 
+#include "bound.cuh"
 #include "few.cuh"
-#include "select.cuh"
 
 namespace sparse_ce::cuda {
 

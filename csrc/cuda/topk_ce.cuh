@@ -19,7 +19,9 @@
 // Few rows: several blocks share one, each lists the best of its part, and a second kernel merges. k > 1024: radix select.
 #pragma once
 
+#include "bound.cuh"
 #include "held.cuh"
+#include "select.cuh"
 
 namespace sparse_ce::cuda {
 
