@@ -1,5 +1,5 @@
-// The operators on CUDA tensors: tensors in, pointers and the current stream out. Contract: python/sparse_ce/schema.py. Of torch only
-// what knows no CUDA: this file compiles and links against a CPU build too.
+// The operators on CUDA tensors: tensors in, pointers and the current stream out. Contract: python/sparse_ce/schema.py. Of
+// torch only what knows no CUDA: this file compiles and links against a CPU build too.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>

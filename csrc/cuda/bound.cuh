@@ -9,9 +9,9 @@ namespace sparse_ce::cuda {
 
 template <class Key> constexpr Key kHighest = std::numeric_limits<Key>::max();
 
-// A key that at least k of the group's keys reach: at most k + slack of them, or else the k-th largest itself. By bisection, with
-// the keys in registers; a few more to list and sort cost less than another step. The keys of a thread that has none are as low
-// as keys can be.
+// A key that at least k of the group's keys reach: at most k + slack of them, or else the k-th largest itself. By bisection,
+// with the keys in registers; a few more to list and sort cost less than another step. The keys of a thread that has none are
+// as low as keys can be.
 template <class Key, int COUNT, int THREADS>
 __device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k, int slack,
                         bool has_keys = true) {

@@ -1,9 +1,9 @@
-// cosine in CUDA C++: the distance of an output from the vector of its target, gathered on the way. The formulas and what is saved
-// for backward stand in triton_kernels/cosine.py; the contract in python/sparse_ce/schema.py.
+// cosine in CUDA C++: the distance of an output from the vector of its target, gathered on the way. The formulas and what is
+// saved for backward stand in triton_kernels/cosine.py; the contract in python/sparse_ce/schema.py.
 //
-// A row belongs to a warp. Forward and backward read two rows of D numbers, and backward writes one. Every thread takes some numbers
-// at a time of both, and loads kLoads times before it uses the first. Pre-trained vectors have odd widths, 300 above all: the
-// numbers are 16 bytes, 8 or one of them, the most in whose units all rows lie. 300 floats move by 16 bytes, 300
+// A row belongs to a warp. Forward and backward read two rows of D numbers, and backward writes one. Every thread takes some
+// numbers at a time of both, and loads kLoads times before it uses the first. Pre-trained vectors have odd widths, 300 above
+// all: the numbers are 16 bytes, 8 or one of them, the most in whose units all rows lie. 300 floats move by 16 bytes, 300
 // 16-bit numbers by 8.
 #pragma once
 

@@ -1,4 +1,5 @@
-// From a dtype at run time to a type. Each is compiled in a file of its own, <stem>_<dtype>.cu, and only declared where it is chosen.
+// From a dtype at run time to a type. Each is compiled in a file of its own, <stem>_<dtype>.cu, and only declared where it is
+// chosen.
 #pragma once
 
 #include "platform.cuh"

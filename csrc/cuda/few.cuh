@@ -1,5 +1,5 @@
-// topk_ce forward for up to 32 of so few classes that all are sorted. Several rows share a warp: within a lane two items are put in
-// order by two instructions, between lanes by three, and what a row needs once costs a part of what it costs a warp.
+// topk_ce forward for up to 32 of so few classes that all are sorted. Several rows share a warp: within a lane two items are
+// put in order by two instructions, between lanes by three, and what a row needs once costs a part of what it costs a warp.
 #pragma once
 
 #include "list.cuh"

@@ -1,13 +1,13 @@
-// topk_ce forward for up to 32 classes of at most 48 KB of logits, which a warp holds in its registers, tile by tile, from the only
-// look at them to the end. Short rows are bound by instructions, not by memory; a row up to 16 KB is one tile.
+// topk_ce forward for up to 32 classes of at most 48 KB of logits, which a warp holds in its registers, tile by tile, from the
+// only look at them to the end. Short rows are bound by instructions, not by memory; a row up to 16 KB is one tile.
 //
 //   bound    of the first tile: found among 64 maxima, two of each lane. From then on, the k-th of the tiles before.
 //   collect  a bit for each class that reaches it; then a list of these in shared memory.
 //   sort     between registers, 32 at a time: first 32, and with them, as long as more are listed, the next 32 merged.
 //   finish   each lane has the class of its rank.
 //
-// Where more reach the bound than a list holds, the maxima of that tile raise it. What are still too many then are ties: the tile is
-// read again in the order of the index, 32 classes at a time.
+// Where more reach the bound than a list holds, the maxima of that tile raise it. What are still too many then are ties: the
+// tile is read again in the order of the index, 32 classes at a time.
 #pragma once
 
 #include "bound.cuh"
@@ -46,8 +46,8 @@ __device__ __forceinline__ void finish_lanes(Group<32>& group, const Forward& a,
       number_of(target.logit));
 }
 
-// What a lane holds of a tile of a row, every 32nd chunk, and a bit for each of these classes: of the units of a word, and where
-// they are pairs, of their upper halves.
+// What a lane holds of a tile of a row, every 32nd chunk, and a bit for each of these classes: of the units of a word, and
+// where they are pairs, of their upper halves.
 template <class T, int CHUNKS> struct Held {
   using Key = KeyOf<T>;
   static constexpr int kUnits = Chunk<T>::kUnits, kElements = Chunk<T>::kElements;
@@ -110,8 +110,8 @@ template <class T, int CHUNKS> struct Held {
   }
 };
 
-// Blocks that shall find room on a multiprocessor: up to 96 registers per thread, and 128 or 168 where the row takes 64 or 128 of
-// them.
+// Blocks that shall find room on a multiprocessor: up to 96 registers per thread, and 128 or 168 where the row takes 64 or 128
+// of them.
 template <class T, int CHUNKS, bool STREAMS> constexpr int kHeldBlocks =
     CHUNKS == 32 || (STREAMS && sizeof(T) == 8) ? 3
     : STREAMS                                   ? 4

@@ -1,13 +1,13 @@
-// labels_ce in CUDA C++: several labels per row, a threshold on either side of them, the loss and its gradient. The formulas and
-// what is saved for backward stand in triton_kernels/labels_ce.py; the contract in python/sparse_ce/schema.py.
+// labels_ce in CUDA C++: several labels per row, a threshold on either side of them, the loss and its gradient. The formulas
+// and what is saved for backward stand in triton_kernels/labels_ce.py; the contract in python/sparse_ce/schema.py.
 //
-// Rows belong to warps and blocks as those of threshold_ce do. Forward reads V * (itemsize + 1) bytes per row from memory, logits
-// and labels once each: chunks of 16 bytes, and the labels of a chunk in one access beside it. The first look finds the softmax of
-// all classes and the extremes of either side, the second, from the cache, the sums over what is kept. Where the labels of a row do
-// not begin as its logits do, a view of these, both go one by one.
+// Rows belong to warps and blocks as those of threshold_ce do. Forward reads V * (itemsize + 1) bytes per row from memory,
+// logits and labels once each: chunks of 16 bytes, and the labels of a chunk in one access beside it. The first look finds the
+// softmax of all classes and the extremes of either side, the second, from the cache, the sums over what is kept. Where the
+// labels of a row do not begin as its logits do, a view of these, both go one by one.
 //
-// Backward reads logits and labels and writes the gradient, once each; a row without upstream gradient is not even read. Positives
-// are few as a rule: chunks without any take less than half the instructions.
+// Backward reads logits and labels and writes the gradient, once each; a row without upstream gradient is not even read.
+// Positives are few as a rule: chunks without any take less than half the instructions.
 #pragma once
 
 #include "group.cuh"
@@ -92,8 +92,8 @@ template <class S> struct Sides {
   S from_above = kInfinite<S>;   // of positives
   S above_negatives = 0, above_positives = 0;
 
-  // p of the least positive less p_i is at most delta, p_i less that of the largest negative too, in logarithms; what equals either
-  // of them whatever the rounding
+  // p of the least positive less p_i is at most delta, p_i less that of the largest negative too, in logarithms; what equals
+  // either of them whatever the rounding
   __device__ Sides(const Softmax<S>& softmax, const Extremes<S>& seen, int classes, S delta)
       : row_max(softmax.largest) {
     const S log_all = std::log(softmax.total);

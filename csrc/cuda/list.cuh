@@ -1,5 +1,5 @@
-// The k classes that a row lists, whoever found them: their softmax, and the gradient of their logits. What topk_ce and plif share; the
-// formulas stand in triton_kernels/topk_ce.py.
+// The k classes that a row lists, whoever found them: their softmax, and the gradient of their logits. What topk_ce and plif
+// share; the formulas stand in triton_kernels/topk_ce.py.
 #pragma once
 
 #include "group.cuh"
@@ -58,7 +58,8 @@ __device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n,
   }
 }
 
-// The target of a row and its logit: asked for early, so that finish need not wait for memory.
+// The target of a row and its logit, which waits for it. Most kernels ask for both before they list, so that finish need not
+// wait for memory; held.cuh once its registers hold the row no more.
 template <class T> struct Target {
   int64_t index;
   T logit;

@@ -62,10 +62,10 @@ __device__ __forceinline__ float16 to_float16(float x) {
   TWIN(return {bit_cast<uint16_t>(static_cast<_Float16>(x))};)
 }
 
-// The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. All bits of each float
-// that is not below the other's, or where either is NaN. Of the 16-bit floats also a pair, rounded to the nearest; and the pair as it
-// is, but that zeros and NaNs have lost their signs, and NaNs are one: the sum sees to the zeros, the maximum, whose NaN is
-// documented, to those.
+// The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. All bits of each
+// float that is not below the other's, or where either is NaN. Of the 16-bit floats also a pair, rounded to the nearest; and
+// the pair as it is, but that zeros and NaNs have lost their signs, and NaNs are one: the sum sees to the zeros, the maximum,
+// whose NaN is documented, to those.
 template <class T> struct Packed;
 
 TWIN(inline unsigned plain_bits(unsigned bits, unsigned infinity) {
@@ -157,8 +157,8 @@ template <class S> __device__ __forceinline__ S larger(S a, S b) {
   return bit_cast<S>(Packed<S>::max(bit_cast<Unit>(a), bit_cast<Unit>(b)));
 }
 
-// exp(x) to two units in the last place and one of the rounded x * log2(e): a product and one instruction. Zero in place of what is
-// not normal.
+// exp(x) to two units in the last place and one of the rounded x * log2(e): a product and one instruction. Zero in place of
+// what is not normal.
 __device__ __forceinline__ float exp_nonpositive(float x) {
   const float exponent = x * 1.4426950408889634f;
   PTX(float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(exponent)); return y;)

@@ -1,13 +1,13 @@
-// plif in CUDA C++: one increasing piecewise-linear function f of all logits, alone and before the dense softmax. The formulas and
-// what is saved for backward stand in triton_kernels/plif.py; the contract in python/sparse_ce/schema.py.
+// plif in CUDA C++: one increasing piecewise-linear function f of all logits, alone and before the dense softmax. The formulas
+// and what is saved for backward stand in triton_kernels/plif.py; the contract in python/sparse_ce/schema.py.
 //
-// A logit is looked up each time that it is read: slope and offset lie side by side, so that it is one load, from the second cache.
-// Its cell and f(x) are never stored. Alone, f has 16 bytes to a thread. Before the softmax rows are read as
+// A logit is looked up each time that it is read: slope and offset lie side by side, so that it is one load, from the second
+// cache. Its cell and f(x) are never stored. Alone, f has 16 bytes to a thread. Before the softmax rows are read as
 // threshold_ce reads them; f of the largest is the largest, so that the running maximum costs one look-up per kInFlight chunks.
 //
-// Where the slopes learn, backward sends two atomic additions of 64-bit integers per logit, whose sums are the same in any order.
-// What lies outside of the bounds is summed by each thread, then by the threads of a part of the data, in one order, and the
-// parts are summed outside.
+// Where the slopes learn, backward sends two atomic additions of 64-bit integers per logit, whose sums are the same in any
+// order. What lies outside of the bounds is summed by each thread, then by the threads of a part of the data, in one order, and
+// the parts are summed outside.
 //
 // On the k largest logits, which topk_ce lists, and the target's: a warp to a row, or a block where k is large.
 #pragma once

@@ -1,12 +1,12 @@
-// plif in CUDA C++, what is made of K or of N numbers: slopes and offsets, the scale of the fixed point, and the gradient of the
-// slopes. The contract stands in python/sparse_ce/schema.py.
+// plif in CUDA C++, what is made of K or of N numbers: slopes and offsets, the scale of the fixed point, and the gradient of
+// the slopes. The contract stands in python/sparse_ce/schema.py.
 //
-// Sums over the cells are of integers in fixed point, and maxima of the bits of floats without a sign, among which NaN is the largest:
-// neither has an order, so that the bits are those of the tensor operations, in every run. The logarithm and the exponential of the
-// softplus are not: they are a unit of float64 off.
+// Sums over the cells are of integers in fixed point, and maxima of the bits of floats without a sign, among which NaN is the
+// largest: neither has an order, so that the bits are those of the tensor operations, in every run. The logarithm and the
+// exponential of the softplus are not: they are a unit of float64 off.
 //
-// A block has a part of the cells, and reads what all parts have found in the launch before. One part begins at the middle, where the
-// offset is 0.
+// A block has a part of the cells, and reads what all parts have found in the launch before. One part begins at the middle,
+// where the offset is 0.
 //
 //   tables   3 launches: slopes, and the largest step of the offsets; sums of steps; offsets
 //   scale    1 launch, beyond kScaleAlone numbers 2

@@ -3,8 +3,8 @@
 //
 // Forward reads 12 bytes per row, and the weight of its target; backward reads 8 and writes 4. Up to kAlone rows are one block
 // and one launch. Beyond, up to kParts blocks take turns, and one more launch adds what they found. Which thread adds what
-// follows from the number of rows alone: the bits are the same in every run, on every GPU. Of 2^31 rows a thread adds 512 sums of
-// kLoads numbers; all else are trees.
+// follows from the number of rows alone: the bits are the same in every run, on every GPU. Of 2^31 rows a thread adds 512 sums
+// of kLoads numbers; all else are trees.
 #pragma once
 
 #include "group.cuh"
@@ -40,8 +40,8 @@ template <class S> __device__ Sums<S> sum_of_lanes(const Sums<S>& x) {
   return {sum_of_lanes(x.loss), sum_of_lanes(x.weight), sum_of_lanes(x.rows)};
 }
 
-// Of a block of kSumThreads, the same in every thread. Ten additions lie on the way of a number: Group adds warps in a row, here
-// it would be 36.
+// Of a block of kSumThreads, the same in every thread. Ten additions lie on the way of a number: Group adds warps in a row,
+// here it would be 36.
 template <class S> __device__ Sums<S> sum_of_block(const Sums<S>& x) {
   SHARED_ARRAY(S, losses, 32);
   SHARED_ARRAY(S, weights, 32);

@@ -1,5 +1,5 @@
-// Rows of logits in chunks of 16 bytes. A row begins at any class's address: the whole chunks in it are moved 16 bytes at a time,
-// the classes before the first and after the last one by one.
+// Rows of logits in chunks of 16 bytes. A row begins at any class's address: the whole chunks in it are moved 16 bytes at a
+// time, the classes before the first and after the last one by one.
 #pragma once
 
 #include "group.cuh"

@@ -1,5 +1,5 @@
-// The k-th class of a row for k beyond what lists hold, by the digits of its key, most significant first. Each of the 2, 4 or 8 looks
-// at the row counts the classes of every next digit.
+// The k-th class of a row for k beyond what lists hold, by the digits of its key, most significant first. Each of the 2, 4 or 8
+// looks at the row counts the classes of every next digit.
 #pragma once
 
 #include "rows.cuh"
@@ -65,8 +65,8 @@ __device__ Kth<KeyOf<T>> kth_largest(Group<THREADS>& group, const T* row, int cl
   return {static_cast<KeyOf<T>>(prefix - kOffset), missing, ties};
 }
 
-// The class that is number `missing` among those of the key, in the order of the index. Each warp counts in a stretch of the row
-// of its own; then one of them looks at its stretch again.
+// The class that is number `missing` among those of the key, in the order of the index. Each warp counts in a stretch of the
+// row of its own; then one of them looks at its stretch again.
 template <class T, int THREADS> __device__ int index_of_tie(Group<THREADS>& group, const T* row,
                                                             int classes, KeyOf<T> key,
                                                             int missing) {

@@ -105,8 +105,8 @@ template <class T> __device__ __forceinline__ bool begin_alike(const T* row, con
   return bit_cast<uintptr_t>(row) % 16 == bit_cast<uintptr_t>(out) % 16;
 }
 
-// The whole chunks of a slice of the gradient, from those of the logits, LOADS at a time: turn(chunk, gradients, first class, whether
-// there is such a chunk).
+// The whole chunks of a slice of the gradient, from those of the logits, LOADS at a time: turn(chunk, gradients, first class,
+// whether there is such a chunk).
 template <int LOADS, class T, int THREADS, class Turn>
 __device__ __forceinline__ void sweep_chunks(const Group<THREADS>& group, const Slice& slice,
                                              const T* row, T* out, Turn turn) {

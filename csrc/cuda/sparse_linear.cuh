@@ -1,16 +1,16 @@
-// sparse_linear in CUDA C++: the gradients of a linear layer from the m non-zeros per row of dlogits, as sums of weighted rows. The
-// formulas stand in triton_kernels/sparse_linear.py; the contract in python/sparse_ce/schema.py.
+// sparse_linear in CUDA C++: the gradients of a linear layer from the m non-zeros per row of dlogits, as sums of weighted rows.
+// The formulas stand in triton_kernels/sparse_linear.py; the contract in python/sparse_ce/schema.py.
 //
-// What is summed is read once, m rows per token; what is returned is written once, zeros included. A thread owns some columns of
-// one sum, keeps it in registers, and loads several rows before it adds the first. Threads share nothing, so there is no barrier,
-// and no atomic: the pairs of a class come sorted, and are added in their order.
+// What is summed is read once, m rows per token; what is returned is written once, zeros included. A thread owns some columns
+// of one sum, keeps it in registers, and loads several rows before it adds the first. Threads share nothing, so there is no
+// barrier, and no atomic: the pairs of a class come sorted, and are added in their order.
 //
-// Most classes have three pairs or fewer, and their threads wait for where these start, then for pairs, for coefficients, and for
-// rows. So a thread owns four chunks of 16 bytes of a sum, and a block waits once for 4096 columns of 16 bits. Where sums are few,
-// or narrow, it owns one chunk and loads more rows at once: what a GPU lacks then is threads.
+// Most classes have three pairs or fewer, and their threads wait for where these start, then for pairs, for coefficients, and
+// for rows. So a thread owns four chunks of 16 bytes of a sum, and a block waits once for 4096 columns of 16 bits. Where sums
+// are few, or narrow, it owns one chunk and loads more rows at once: what a GPU lacks then is threads.
 //
-// Frequent classes would keep their threads long: whole pieces of kPiece sorted pairs that belong to one class are summed before,
-// and the threads of the class add these sums in order.
+// Frequent classes would keep their threads long: whole pieces of kPiece sorted pairs that belong to one class are summed
+// before, and the threads of the class add these sums in order.
 #pragma once
 
 #include "order.cuh"

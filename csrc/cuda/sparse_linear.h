@@ -1,13 +1,13 @@
-// The CUDA kernels of sparse_linear on raw pointers and a stream. No torch headers, and none of CUDA's kernel language: what the
-// glue, a C++ program or an IDE sees.
+// The CUDA kernels of sparse_linear on raw pointers and a stream. No torch headers, and none of CUDA's kernel language: what
+// the glue, a C++ program or an IDE sees.
 #pragma once
 
 #include "rows.h"
 
 namespace sparse_ce::cuda {
 
-// Coefficients are float, or double for an f64 source. One of 0 adds nothing, not even NaN. Sums are float, or double for an f64
-// source, and every one has one order: that of the pairs.
+// Coefficients are float, or double for an f64 source. One of 0 adds nothing, not even NaN. Sums are float, or double for an
+// f64 source, and every one has one order: that of the pairs.
 
 // The rows of the weight that tokens have chosen: out[n] = sum_j coefficients[n, j] source[classes[n, j]].
 struct Gather {

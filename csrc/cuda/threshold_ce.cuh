@@ -1,12 +1,12 @@
-// threshold_ce in CUDA C++: the softmax over all classes of a row, or over the many that a cut keeps, its loss and its gradient.
-// The formulas and what is saved for backward stand in triton_kernels/threshold_ce.py; the contract in
+// threshold_ce in CUDA C++: the softmax over all classes of a row, or over the many that a cut keeps, its loss and its
+// gradient. The formulas and what is saved for backward stand in triton_kernels/threshold_ce.py; the contract in
 // python/sparse_ce/schema.py.
 //
-// A row of up to 8 KB belongs to a warp, a longer one to a block of 256 threads. Forward reads V * itemsize bytes per row from memory, once: every thread
-// keeps a maximum and a sum of exponentials of its own, over kInFlight chunks of 16 bytes at a time that are loaded before the
-// first of them is used. Per class that is one exponential, and per kInFlight chunks one more, which moves the sum to the new
-// maximum. The threads meet when the row is over; there is no barrier in the loop. A cut, and label smoothing, take a second
-// look, from the cache. Where k cuts, a kernel of its own has found the k-th class before.
+// A row of up to 8 KB belongs to a warp, a longer one to a block of 256 threads. Forward reads V * itemsize bytes per row from
+// memory, once: every thread keeps a maximum and a sum of exponentials of its own, over kInFlight chunks of 16 bytes at a time
+// that are loaded before the first of them is used. Per class that is one exponential, and per kInFlight chunks one more, which
+// moves the sum to the new maximum. The threads meet when the row is over; there is no barrier in the loop. A cut, and label
+// smoothing, take a second look, from the cache. Where k cuts, a kernel of its own has found the k-th class before.
 //
 // Backward reads the logits and writes the gradient, once each; a row without upstream gradient is not even read.
 #pragma once
@@ -37,8 +37,8 @@ template <class S> __device__ __forceinline__ bool is_kept(S z, int i, S cut, in
   return !(z <= cut) || (z == cut && i <= cut_index);
 }
 
-// A second look, at the classes that are kept: their number, their sum of exponentials, the least logit, and of label smoothing the
-// sum of the weights and of the weighted distances from the maximum.
+// A second look, at the classes that are kept: their number, their sum of exponentials, the least logit, and of label smoothing
+// the sum of the weights and of the weighted distances from the maximum.
 template <class S> struct Look {
   int kept = 0;
   S total = 0, least = kInfinite<S>, weights = 0, spread = 0;

@@ -1,8 +1,9 @@
 // topk_ce in CUDA C++: the k largest logits of a row, their softmax, its loss and its gradient. The formulas and what is saved
 // for backward stand in triton_kernels/topk_ce.py; the contract in python/sparse_ce/schema.py.
 //
-// A row belongs to a warp (k <= 32, up to 48 KB: held.cuh), or to a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows
-// from k = 33 on). Forward of a block goes through these steps, and reads V * itemsize bytes per row from memory:
+// Up to k = 32 a row belongs to some lanes of a warp (up to 512 bytes, 1 KB of float64: few.cuh) or to a warp (up to 48 KB:
+// held.cuh); else to a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows from k = 33 on). Forward of a block goes
+// through these steps, and reads V * itemsize bytes per row from memory:
 //
 //   bound    a key that at least k classes reach, and few more. A short row lies in the registers of its block, and the bound
 //            is found among all its keys. A longer one streams past: chunk q of 16 bytes belongs to segment q mod NSEG, a
@@ -455,7 +456,8 @@ template <class T> void launch_rows(void (*kernel)(Forward, int), int threads, c
            static_cast<int>(split.parts * a.k));
 }
 
-// The tuning table: up to k = 128 an H200 chose it, in bfloat16. Registers and spills of every row are in tests/cuda_resources.json.
+// The tuning table: up to k = 128 an H200 chose it, in bfloat16. Registers and spills of every row are in
+// tests/cuda_resources.json.
 template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t stream) {
   constexpr int kUnits = Chunk<T>::kUnits, kLongList = sizeof(ItemOf<T>) == 8 ? 4096 : 2048;
   const int64_t classes = a.logits.classes, chunks = classes / Chunk<T>::kElements;
@@ -481,7 +483,8 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
 }
 
 template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t stream) {
-  // Chunks of a part, 8 KB. A shorter row has a warp, or a quarter of one; where the list would be much of a part, parts are longer.
+  // Chunks of a part, 8 KB. A shorter row has a warp, or a quarter of one; where the list would be much of a part, parts are
+  // longer.
   constexpr int64_t kPart = 512, kQuarter = 128;
   const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
   if (chunks < kPart) {
