@@ -59,17 +59,17 @@ template <class T, int THREADS, class F>
 __device__ __forceinline__ void for_each_class(const Group<THREADS>& group, const T* row,
                                                int classes, F f) {
   // float64 takes twice the registers
-  constexpr int kInFlight = sizeof(T) == 8 ? 1 : 2;
+  constexpr int kAtOnce = sizeof(T) == 8 ? 1 : 2;
   const Whole whole = whole_chunks(row, classes);
   const auto chunks = reinterpret_cast<const Chunk<T>*>(row + whole.head);
 #pragma unroll 1
-  for (int begin = group.rank; begin < whole.count; begin += kInFlight * THREADS) {
-    Chunk<T> x[kInFlight];
+  for (int begin = group.rank; begin < whole.count; begin += kAtOnce * THREADS) {
+    Chunk<T> x[kAtOnce];
 #pragma unroll
-    for (int c = 0; c < kInFlight; ++c)
+    for (int c = 0; c < kAtOnce; ++c)
       if (begin + c * THREADS < whole.count) x[c] = chunks[begin + c * THREADS];
 #pragma unroll
-    for (int c = 0; c < kInFlight; ++c) {
+    for (int c = 0; c < kAtOnce; ++c) {
       const int first = whole.head + (begin + c * THREADS) * Chunk<T>::kElements;
       if (begin + c * THREADS < whole.count)
 #pragma unroll

@@ -22,9 +22,9 @@ constexpr int kBlock = 128;
 // Sorted pairs of a class that are summed apart: at most that many, twice, are left to the threads of the class.
 constexpr int kPiece = 256;
 // Chunks of a thread in the wide form, and how many sums are too few for it.
-constexpr int kWide = 4, kFew = 1024;
+constexpr int kWide = 4, kFewSums = 1024;
 // Rows that are loaded before the first is added.
-template <int CHUNKS> constexpr int kInFlight = CHUNKS == 1 ? 8 : 4;
+template <int CHUNKS> constexpr int kRowsInFlight = CHUNKS == 1 ? 8 : 4;
 // Blocks on a multiprocessor: left to itself the compiler aims for more, and loads a row after it has added the one before.
 template <int CHUNKS> constexpr int kResident = CHUNKS == 1 ? 6 : 4;
 // A thread has two columns or more, and blocks beside each other are on y of the grid.
@@ -137,8 +137,8 @@ template <class T, int N, int CHUNKS> __global__ void __launch_bounds__(kBlock, 
     return Pair<S>{coefficients[j], static_cast<uint32_t>(classes[j])};
   };
   S sums[CHUNKS][N] = {};
-  add_rows<kInFlight<CHUNKS>>(sums, static_cast<const T*>(a.source), width, place.column, 0,
-                              static_cast<uint32_t>(a.m), pair_of);
+  add_rows<kRowsInFlight<CHUNKS>>(sums, static_cast<const T*>(a.source), width, place.column, 0,
+                                  static_cast<uint32_t>(a.m), pair_of);
   store_rounded(a.out, a.out_dtype, place, width, sums);
 }
 
@@ -157,16 +157,16 @@ template <class T, int N, int CHUNKS> __global__ void __launch_bounds__(kBlock, 
   const int64_t begin = place.row * kPiece, end = begin + kPiece;
   if (end > a.pairs || place.column >= width || a.sorted[begin] != a.sorted[end - 1]) return;
   S sums[CHUNKS][N] = {};
-  add_rows<kInFlight<CHUNKS>>(sums, static_cast<const T*>(a.source), width, place.column,
-                              static_cast<uint32_t>(begin), static_cast<uint32_t>(end),
-                              [&](uint32_t p) { return sorted_pair<S>(a, p); });
+  add_rows<kRowsInFlight<CHUNKS>>(sums, static_cast<const T*>(a.source), width, place.column,
+                                  static_cast<uint32_t>(begin), static_cast<uint32_t>(end),
+                                  [&](uint32_t p) { return sorted_pair<S>(a, p); });
   store<S>(a.scratch, place, width, sums);
 }
 
 template <class T, int N, int CHUNKS> __global__ void __launch_bounds__(kBlock, kResident<CHUNKS>)
     segment_kernel(const Segments a, int log_lanes) {
   using S = StatisticOf<T>;
-  constexpr int kRows = kInFlight<CHUNKS>;
+  constexpr int kRows = kRowsInFlight<CHUNKS>;
   // of sums, what fits the registers of that many rows
   constexpr int kSums = kRows * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(S));
   const Place<N, CHUNKS> place(log_lanes);
@@ -209,7 +209,7 @@ void start_for(const Arguments& a, int64_t rows, Start start) {
   using Elements = std::integral_constant<int, N>;
   if (reinterpret_cast<uintptr_t>(a.source) % 16 != 0 || a.width % N != 0)
     start(One{}, Elements{});
-  else if (rows < kFew || a.width < 32 * N * kWide)
+  else if (rows < kFewSums || a.width < 32 * N * kWide)
     start(Elements{}, One{});
   else
     start(Elements{}, std::integral_constant<int, kWide>{});

@@ -139,8 +139,8 @@ __device__ int collect_exactly(Group<THREADS>& group, Shared<Item> list, const T
 
 // From the filled list to the end: of the row, or of its part.
 template <class T, int LIST, class Item, int THREADS>
-__device__ void settle(Group<THREADS>& group, Shared<Item> list, int length, KeyOf<T> bound,
-                       const Forward& a, const Part& part, const Target<T>& target) {
+__device__ void finish_part(Group<THREADS>& group, Shared<Item> list, int length, KeyOf<T> bound,
+                            const Forward& a, const Part& part, const Target<T>& target) {
   const int k = static_cast<int>(a.k);
   if (length > LIST)
     length = collect_exactly<T, LIST>(group, list, row_of<T>(a.logits, part.row), part.first,
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
     const int at = i * THREADS + group.rank;
     group.append(list, LIST, at < part.size && keys[i] >= bound, Item::of(keys[i], at));
   }
-  settle<T, LIST>(group, list, group.length(), bound, a, part, target);
+  finish_part<T, LIST>(group, list, group.length(), bound, a, part, target);
 }
 
 // The maxima of the pieces of a thread's segments, in registers, as the row streams past. A piece is a segment's chunk, or one
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
     }
   }
   const int length = width <= kMaxPieces ? group.length() : LIST + 1;
-  settle<T, LIST>(group, list, length, bound, a, part, target);
+  finish_part<T, LIST>(group, list, length, bound, a, part, target);
 }
 
 // The parts of a row, each sorted and cut to k.
