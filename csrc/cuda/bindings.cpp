@@ -161,15 +161,16 @@ Tensor sparse_linear_dhidden(const Tensor& coefficients, const Tensor& classes,
   const c10::DeviceGuard guard(weight.device());
   const int64_t tokens = classes.size(0), m = classes.size(1), width = weight.size(1);
   const Tensor dhidden = at::empty({tokens, width}, weight.options().dtype(dtype));
-  const cuda::Gather arguments{coefficients.const_data_ptr(),
-                               classes.const_data_ptr<int32_t>(),
-                               weight.const_data_ptr(),
-                               dtype_of<cuda::Dtype>(weight.scalar_type()),
-                               tokens,
-                               m,
-                               width,
-                               dhidden.data_ptr(),
-                               dtype_of<cuda::Dtype>(dtype)};
+  cuda::Gather arguments{};
+  arguments.coefficients = coefficients.const_data_ptr();
+  arguments.classes = classes.const_data_ptr<int32_t>();
+  arguments.source = weight.const_data_ptr();
+  arguments.source_dtype = dtype_of<cuda::Dtype>(weight.scalar_type());
+  arguments.tokens = tokens;
+  arguments.m = m;
+  arguments.width = width;
+  arguments.out = dhidden.data_ptr();
+  arguments.out_dtype = dtype_of<cuda::Dtype>(dtype);
   check_launch(cuda::gather(arguments, current_stream(weight.device())), tokens, " tokens of ", m,
                " classes and ", width, " features");
   return dhidden;
@@ -185,19 +186,19 @@ Tensor sparse_linear_dweight(const Tensor& coefficients, const Tensor& classes,
   const auto [sorted, order] =
       at::sort(classes.view(-1), /*stable=*/std::optional<bool>(true), 0, false);
   const Tensor starts = at::searchsorted(sorted, at::arange(num_classes + 1, classes.options()));
-  cuda::Segments arguments{coefficients.const_data_ptr(),
-                           sorted.const_data_ptr<int32_t>(),
-                           order.const_data_ptr<int64_t>(),
-                           starts.const_data_ptr<int64_t>(),
-                           hidden.const_data_ptr(),
-                           dtype_of<cuda::Dtype>(hidden.scalar_type()),
-                           classes.numel(),
-                           classes.size(1),
-                           num_classes,
-                           width,
-                           nullptr,
-                           dweight.data_ptr(),
-                           dtype_of<cuda::Dtype>(dtype)};
+  cuda::Segments arguments{};
+  arguments.coefficients = coefficients.const_data_ptr();
+  arguments.sorted = sorted.const_data_ptr<int32_t>();
+  arguments.order = order.const_data_ptr<int64_t>();
+  arguments.starts = starts.const_data_ptr<int64_t>();
+  arguments.source = hidden.const_data_ptr();
+  arguments.source_dtype = dtype_of<cuda::Dtype>(hidden.scalar_type());
+  arguments.pairs = classes.numel();
+  arguments.m = classes.size(1);
+  arguments.classes = num_classes;
+  arguments.width = width;
+  arguments.out = dweight.data_ptr();
+  arguments.out_dtype = dtype_of<cuda::Dtype>(dtype);
   const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), hidden);
   arguments.scratch = scratch.data_ptr();
   check_launch(cuda::add_segments(arguments, current_stream(hidden.device())), classes.numel(),
@@ -229,14 +230,14 @@ std::tuple<Tensor, Tensor> plif_tables(const Tensor& w, double bound, at::Scalar
   const c10::DeviceGuard guard(w.device());
   const Tensor learnt = w.contiguous(), slopes = at::empty(w.sizes(), w.options().dtype(dtype)),
                offsets = at::empty(w.sizes(), slopes.options());
-  cuda::PlifTables arguments{learnt.const_data_ptr(),
-                             dtype_of<cuda::Dtype>(w.scalar_type()),
-                             w.numel(),
-                             bound,
-                             dtype_of<cuda::Dtype>(dtype),
-                             nullptr,
-                             slopes.data_ptr(),
-                             offsets.data_ptr()};
+  cuda::PlifTables arguments{};
+  arguments.w = learnt.const_data_ptr();
+  arguments.w_dtype = dtype_of<cuda::Dtype>(w.scalar_type());
+  arguments.cells = w.numel();
+  arguments.bound = bound;
+  arguments.dtype = dtype_of<cuda::Dtype>(dtype);
+  arguments.slopes = slopes.data_ptr();
+  arguments.offsets = offsets.data_ptr();
   const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), w);
   arguments.scratch = scratch.data_ptr();
   check_launch(cuda::make_tables(arguments, current_stream(w.device())), w.numel(), " cells");
@@ -275,14 +276,14 @@ Tensor plif_dslopes(const Tensor& cells, const Tensor& outside, const Tensor& sc
                     at::ScalarType dtype) {
   const c10::DeviceGuard guard(cells.device());
   const Tensor dslopes = at::empty({cells.size(0)}, cells.options().dtype(dtype));
-  cuda::PlifDslopes arguments{cells.const_data_ptr<int64_t>(),
-                              outside.const_data_ptr<double>(),
-                              scale.const_data_ptr<double>(),
-                              cells.size(0),
-                              bound,
-                              dtype_of<cuda::Dtype>(dtype),
-                              nullptr,
-                              dslopes.data_ptr()};
+  cuda::PlifDslopes arguments{};
+  arguments.sums = cells.const_data_ptr<int64_t>();
+  arguments.outside = outside.const_data_ptr<double>();
+  arguments.scale = scale.const_data_ptr<double>();
+  arguments.cells = cells.size(0);
+  arguments.bound = bound;
+  arguments.dtype = dtype_of<cuda::Dtype>(dtype);
+  arguments.dslopes = dslopes.data_ptr();
   const Tensor scratch = scratch_of(cuda::scratch_bytes(arguments), cells);
   arguments.scratch = scratch.data_ptr();
   check_launch(cuda::make_dslopes(arguments, current_stream(cells.device())), cells.size(0),
