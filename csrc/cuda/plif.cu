@@ -13,12 +13,9 @@ DECLARE_FOR_DTYPES(backward_rows, PlifCeBackward);
 DECLARE_FOR_DTYPES(forward_rows, PlifTopkForward);
 DECLARE_FOR_DTYPES(backward_rows, PlifTopkBackward);
 
-extern template cudaError_t tables_of<float>(const PlifTables&, cudaStream_t);
-extern template cudaError_t tables_of<double>(const PlifTables&, cudaStream_t);
-extern template cudaError_t scale_of<float>(const PlifScale&, cudaStream_t);
-extern template cudaError_t scale_of<double>(const PlifScale&, cudaStream_t);
-extern template cudaError_t dslopes_of<float>(const PlifDslopes&, cudaStream_t);
-extern template cudaError_t dslopes_of<double>(const PlifDslopes&, cudaStream_t);
+DECLARE_FOR_STATISTICS(tables_of, PlifTables);
+DECLARE_FOR_STATISTICS(scale_of, PlifScale);
+DECLARE_FOR_STATISTICS(dslopes_of, PlifDslopes);
 
 namespace {
 
@@ -36,10 +33,6 @@ bool possible(const Plif& f, Dtype dtype, int64_t elements) {
 }
 
 constexpr int64_t kBytes = sizeof(int64_t);  // of what a part has found
-
-// Of statistics.
-bool is_wide(Dtype dtype) { return dtype == Dtype::f64; }
-bool is_statistic(Dtype dtype) { return dtype == Dtype::f32 || is_wide(dtype); }
 
 bool possible(const Plif& f, const Rows& logits) {
   return possible(f) && in_range(logits.count, logits.classes);
@@ -118,19 +111,18 @@ cudaError_t backward(const PlifTopkBackward& a, cudaStream_t stream) {
 }
 
 cudaError_t make_tables(const PlifTables& a, cudaStream_t stream) {
-  if (!possible(a) || !is_statistic(a.dtype)) return cudaErrorInvalidValue;
-  return is_wide(a.dtype) ? tables_of<double>(a, stream) : tables_of<float>(a, stream);
+  if (!possible(a)) return cudaErrorInvalidValue;
+  return by_statistic(a.dtype, [&](auto x) { return tables_of<decltype(x)>(a, stream); });
 }
 
 // Without a row too.
 cudaError_t find_scale(const PlifScale& a, cudaStream_t stream) {
-  if (!is_statistic(a.dtype)) return cudaErrorInvalidValue;
-  return is_wide(a.dtype) ? scale_of<double>(a, stream) : scale_of<float>(a, stream);
+  return by_statistic(a.dtype, [&](auto x) { return scale_of<decltype(x)>(a, stream); });
 }
 
 cudaError_t make_dslopes(const PlifDslopes& a, cudaStream_t stream) {
-  if (!possible(a) || !is_statistic(a.dtype)) return cudaErrorInvalidValue;
-  return is_wide(a.dtype) ? dslopes_of<double>(a, stream) : dslopes_of<float>(a, stream);
+  if (!possible(a)) return cudaErrorInvalidValue;
+  return by_statistic(a.dtype, [&](auto x) { return dslopes_of<decltype(x)>(a, stream); });
 }
 
 }  // namespace sparse_ce::cuda

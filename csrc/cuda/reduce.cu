@@ -1,18 +1,12 @@
-// Dispatch over dtypes of the losses; each is compiled in a file of its own, reduce_<dtype>.cu.
+// The kernels by the dtype of the losses: see dtypes.cuh.
 #include "reduce.cuh"
+
+#include "dtypes.cuh"
 
 namespace sparse_ce::cuda {
 
-extern template cudaError_t forward_rows<float>(const ReduceForward&, cudaStream_t);
-extern template cudaError_t forward_rows<double>(const ReduceForward&, cudaStream_t);
-extern template cudaError_t backward_rows<float>(const ReduceBackward&, cudaStream_t);
-extern template cudaError_t backward_rows<double>(const ReduceBackward&, cudaStream_t);
-
-namespace {
-
-bool possible(Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f64; }
-
-}  // namespace
+DECLARE_FOR_STATISTICS(forward_rows, ReduceForward);
+DECLARE_FOR_STATISTICS(backward_rows, ReduceBackward);
 
 int64_t scratch_bytes(const ReduceForward& a) {
   const int64_t parts = parts_of(a.rows);
@@ -23,14 +17,13 @@ int64_t scratch_bytes(const ReduceForward& a) {
 
 // Without a row too: 0 over 1.
 cudaError_t forward(const ReduceForward& a, cudaStream_t stream) {
-  if (!possible(a.dtype)) return cudaErrorInvalidValue;
-  return a.dtype == Dtype::f64 ? forward_rows<double>(a, stream) : forward_rows<float>(a, stream);
+  return by_statistic(a.dtype, [&](auto x) { return forward_rows<decltype(x)>(a, stream); });
 }
 
 cudaError_t backward(const ReduceBackward& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  if (!possible(a.dtype) || a.rows > kMaxRows * kShares) return cudaErrorInvalidValue;
-  return a.dtype == Dtype::f64 ? backward_rows<double>(a, stream) : backward_rows<float>(a, stream);
+  if (a.rows > kMaxRows * kShares) return cudaErrorInvalidValue;
+  return by_statistic(a.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
 }
 
 }  // namespace sparse_ce::cuda
