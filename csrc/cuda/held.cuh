@@ -160,6 +160,9 @@ __global__ void __launch_bounds__(Group<32>::kBlock, kHeldBlocks<T, CHUNKS, STRE
     int place, length;
     // the bound of the tiles before will do, unless more reach it than a list holds
     for (bool is_raised = tile == 0;; is_raised = true) {
+      // the first tile has k maxima where the row has; a later one has more classes than a list, so that it has them too
+      static_assert(((kMaxHeldK + 1) / 2 - 1) * kElements + kElements - 1 <= kHeldList,
+                    "the chunks that have fewer than k maxima, and the classes after them");
       if (is_raised && 2 * count >= k) {
         const KeyOf<T> of_tile = held.bound(group, k, exists(0));
         bound = tile == 0 || of_tile > bound ? of_tile : bound;
