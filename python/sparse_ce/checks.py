@@ -283,11 +283,11 @@ def labels(
         raise ValueError("target: expected a tensor without requires_grad, got one with it")
     on_cpu = value.device.type == "cpu" and has_values(value)
     if on_cpu and value.dtype != torch.bool:
-        other = value[(value != 0) & (value != 1)]
-        if other.numel() > 0:
+        other = (value != 0) & (value != 1)
+        if bool(other.any()):
             raise ValueError(
                 "target: expected 0 and 1 alone where it has the shape of logits, several labels "
-                f"per row, got {other[0].item()}"
+                f"per row, got {value[other][0].item()}"
             )
     for name, given, default in (
         ("weight", weight, None),
