@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .list import list_gradient, list_loss, list_sums
 from .order import max_nan
 from .rows import (
     begin_alike,
@@ -45,7 +46,7 @@ from .rows import (
     warps,
 )
 from .threshold_ce import options as ce_options
-from .topk_ce import list_gradient, list_loss, list_sums, topk_ce_fwd
+from .topk_ce import topk_ce_fwd
 
 # Elements of a program of the function alone.
 BLOCK = 1024
