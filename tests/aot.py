@@ -22,6 +22,7 @@ from sparse_ce.triton_kernels import (
     plif,
     plif_tables,
     reduce,
+    softmax,
     sparse_linear,
     threshold_ce,
     topk_ce,
@@ -142,7 +143,7 @@ class Case:
         if self.kernel in LABELS:
             alike = {"ALIKE": True} if self.kernel == "labels_bwd" else {}
             alike |= {"ALIGNED": self.aligned, "LABELS_ALIKE": True}
-            return labels_ce.options(itemsize, self.num_classes) | alike
+            return softmax.lane_options(itemsize, self.num_classes) | alike
         shared = {"HAS_WEIGHT": self.full, "HAS_SMOOTHING": self.full}
         if self.kernel in ("plif_fwd", "plif_bwd"):  # num_classes is the number of elements
             learns = {"LEARNS": True} if self.kernel == "plif_bwd" else {}
@@ -152,7 +153,7 @@ class Case:
             if self.kernel == "plif_ce_bwd":
                 shared |= {"HAS_DLOSS": self.loss, "HAS_DLSE": self.full or not self.loss}
                 shared |= {"ALIKE": True, "LEARNS": True}
-            return {**plif.ce_options(itemsize, self.num_classes), **shared}
+            return {**softmax.lane_options(itemsize, self.num_classes), **shared}
         if self.kernel in THRESHOLD:
             shared |= {"ALIGNED": self.aligned}
             if self.kernel == "threshold_fwd":
@@ -164,7 +165,7 @@ class Case:
             else:
                 shared |= {"HAS_DLOSS": self.loss, "HAS_DLSE": self.full or not self.loss}
                 shared |= {"ALIKE": True}
-            return {**threshold_ce.options(itemsize, self.num_classes), **shared}
+            return {**softmax.lane_options(itemsize, self.num_classes), **shared}
         upstream = {"HAS_DLOSS": self.loss, "HAS_DPROBS": self.full}
         upstream["HAS_DLSE"] = self.full or not self.loss
         if self.kernel in LISTED:

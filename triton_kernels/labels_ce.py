@@ -18,7 +18,7 @@ Softmax, arXiv 2508.03175.
 Saved for backward: logits and labels by reference and 16 bytes per row, both sums and the cuts, the
 least of M' and the largest of P', so that backward keeps the very same classes.
 
-Forward reads logits and labels once: the softmax of all classes as threshold_ce does, beside it the
+Forward reads logits and labels once: the softmax of all classes as softmax.py does, beside it the
 extremes of either side. These say before the second look, from the cache, what the largest exponent
 on either side is: one exponential per class. Backward reads logits and labels and writes the
 gradient, once each.
@@ -40,7 +40,7 @@ from .rows import (
     row_strides,
     tile,
 )
-from .threshold_ce import options, sum_beside_maximum
+from .softmax import absorb, lane_options, sum_beside_maximum
 
 
 @triton.jit
@@ -154,10 +154,7 @@ def _fwd_kernel(
             row_ptr, marks_ptr, head, first, chunks, LANES, C, LABELS_ALIKE
         )
         x = x.to(tl.float32)
-        above = max_nan(largest, tl.reduce(x, 1, max_nan))
-        base, total = sum_beside_maximum(largest, total, above)
-        total += tl.sum(tl.exp(x - base[:, None]), 1)
-        largest = above
+        largest, total = absorb(largest, total, x, 1)
         lower, higher, more = _extremes(x, label, 1)
         low, high = tl.minimum(low, lower), tl.maximum(high, higher)
         positives += more
@@ -298,7 +295,7 @@ def labels_ce_fwd(
                 logits, labels.view(torch.uint8), *outputs, *row_strides(logits), num_classes,
                 float(delta), ALIGNED=is_aligned(logits),
                 LABELS_ALIKE=labels_begin_alike(logits, labels),
-                **options(logits.element_size(), num_classes),
+                **lane_options(logits.element_size(), num_classes),
             )  # fmt: skip
     return outputs
 
@@ -316,7 +313,7 @@ def labels_ce_bwd(
     dlogits = logits.new_empty(logits.shape)
     if rows == 0:
         return dlogits
-    config = options(logits.element_size(), num_classes)
+    config = lane_options(logits.element_size(), num_classes)
     chunks = max(1, num_classes * logits.element_size() // 16)
     parts = max(1, min(1024 // rows, chunks // (4 * config["LANES"])))
     with on_device(logits):

@@ -16,10 +16,10 @@ left of z: integers of 64 bits in fixed point, so that atomic additions give the
 order. Source: Ganea et al., Learnable monotonic pointwise non-linearities, arXiv 1902.08077.
 
 Saved for backward: the logits by reference, 8 bytes per row, and the tables, 8 bytes per cell,
-which stay in the second cache. Forward reads a row once: each lane has a maximum and a sum of its
-own, and lanes meet at the end; label smoothing takes a second look, from the cache. Backward reads
-the logits and writes the gradient, once each, and sends two atomic additions per logit where the
-slopes learn. A share is computed in float64: of one cell in 100,000, float32 resolves a hundredth.
+which stay in the second cache. Forward reads a row once, as softmax.py does; label smoothing takes
+a second look, from the cache. Backward reads the logits and writes the gradient, once each, and
+sends two atomic additions per logit where the slopes learn. A share is computed in float64: of one
+cell in 100,000, float32 resolves a hundredth.
 
 On the support f keeps the order, so that the k largest are those that topk_ce lists. With S these k
 classes, and sums over S in place of those over V, the formulas are those of topk_ce.py; g is placed
@@ -45,7 +45,7 @@ from .rows import (
     tile,
     warps,
 )
-from .threshold_ce import options as ce_options
+from .softmax import absorb, lane_options, sum_beside_maximum
 from .topk_ce import topk_ce_fwd
 
 # Elements of a program of the function alone.
@@ -138,20 +138,10 @@ def _bwd_kernel(
 
 
 @triton.jit
-def _lane_sums(
-    x, inside, largest, total, slopes_ptr, offsets_ptr, bound, rate, K, AXIS: tl.constexpr,
-):  # fmt: skip
-    """The lanes' maxima, and sums of exponentials relative to them, with the f of more classes."""
+def _values(x, inside, slopes_ptr, offsets_ptr, bound, rate, K):
+    """f(z_i) of classes, minus infinity where there is none."""
     f = _apply(x.to(tl.float32), slopes_ptr, offsets_ptr, bound, rate, K)
-    f = tl.where(inside, f, float("-inf"))
-    above = max_nan(largest, tl.reduce(f, AXIS, max_nan))
-    # where all so far are -inf there is nothing to be relative to, and the sum is 0
-    base = tl.where(above == float("-inf"), 0.0, above)
-    total = total * tl.exp(largest - base)
-    if AXIS == 1:
-        return above, total + tl.sum(tl.exp(f - base[:, None]), 1)
-    else:
-        return above, total + tl.sum(tl.exp(f - base), 0)
+    return tl.where(inside, f, float("-inf"))
 
 
 @triton.jit
@@ -200,18 +190,16 @@ def _ce_fwd_kernel(
     total = tl.zeros([LANES], tl.float32)
     for first in tl.range(0, chunks, LANES):
         x, _, here = tile(row_ptr, head, first, chunks, 0.0, LANES, C)
-        largest, total = _lane_sums(
-            x, here, largest, total, slopes_ptr, offsets_ptr, bound, rate, K, 1
-        )
+        f = _values(x, here, slopes_ptr, offsets_ptr, bound, rate, K)
+        largest, total = absorb(largest, total, f, 1)
     row_max = tl.reduce(largest, 0, max_nan)
-    base = tl.where(row_max == float("-inf"), 0.0, row_max)
-    row_total = tl.sum(total * tl.exp(largest - base), 0)
+    _, total = sum_beside_maximum(largest, total, row_max)
+    row_total = tl.sum(total, 0)
     at_edge, at_edges = edges(head, chunks, V, C)
     if not ALIGNED:
         x_edge = tl.load(row_ptr + at_edge, mask=at_edges, other=0.0)
-        row_max, row_total = _lane_sums(
-            x_edge, at_edges, row_max, row_total, slopes_ptr, offsets_ptr, bound, rate, K, 0
-        )
+        f_edge = _values(x_edge, at_edges, slopes_ptr, offsets_ptr, bound, rate, K)
+        row_max, row_total = absorb(row_max, row_total, f_edge, 0)
 
     log_sum = tl.log(row_total)
     log_sum = tl.where(row_max == float("-inf"), float("nan"), log_sum)
@@ -555,7 +543,7 @@ def plif_ce_fwd(
                 slopes, offsets, *statistics, *row_strides(logits), num_classes, slopes.shape[0],
                 float(bound), _rate(slopes, bound), label_smoothing, ALIGNED=is_aligned(logits),
                 HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0,
-                **ce_options(logits.element_size(), num_classes),
+                **lane_options(logits.element_size(), num_classes),
             )  # fmt: skip
     return statistics
 
@@ -577,7 +565,7 @@ def plif_ce_bwd(
     rows, num_classes = target.numel(), logits.shape[-1]
     dlogits = logits.new_empty(logits.shape)
     dloss, dlse = (None if g is None else g.contiguous() for g in (dloss, dlse))
-    config = ce_options(logits.element_size(), num_classes)
+    config = lane_options(logits.element_size(), num_classes)
     chunks = max(1, num_classes * logits.element_size() // 16)
     parts = max(1, min(1024 // max(1, rows), chunks // (4 * config["LANES"])))
     cells, outside = _sums(slopes, scale, rows * parts)

@@ -18,20 +18,18 @@ Saved for backward: the logits by reference and 24 bytes per row, m, L, the cut 
 rounded to one number would cost precision at large offsets. The cut is the least logit of S, so
 that backward keeps the very same classes without repeating a rounded comparison.
 
-Forward reads the row once. Each lane goes through its chunks with a maximum and a sum of its own,
-two chunks at a time: one exponential per class and one per two chunks, which moves the sum to the
-new maximum. Lanes meet once, at the end: no barrier in the loop. A cut, or label smoothing, takes a
-second look, from the cache where that holds the rows at work. The k-th largest is found by
-bisection on the keys, 16 or 32 looks, and among the classes equal to it by bisection on the index:
-slower than listing classes, but k is beyond where lists end. Backward reads the logits and writes
-the gradient, once each.
+Forward reads the row once, as softmax.py does. A cut, or label smoothing, takes a second look, from
+the cache where that holds the rows at work. The k-th largest is found by bisection on the keys, 16
+or 32 looks, and among the classes equal to it by bisection on the index: slower than listing
+classes, but k is beyond where lists end. Backward reads the logits and writes the gradient, once
+each.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .order import infinity_key, key_value, max_nan, value_key
+from .order import infinity_key, key_value, value_key
 from .rows import (
     begin_alike,
     classes_before,
@@ -42,57 +40,13 @@ from .rows import (
     row_start,
     row_strides,
     tile,
-    warps,
 )
+from .softmax import lane_options, softmax_of
 
 # What a look keeps.
 ALL = tl.constexpr(0)
 LARGEST = tl.constexpr(1)  # from the cut on
 NEAR = tl.constexpr(2)  # at most a bound below the maximum
-
-
-@triton.jit
-def sum_beside_maximum(largest, total, new_largest):
-    """A sum of exponentials relative to `largest`, relative to `new_largest`."""
-    # where all so far are -inf there is nothing to be relative to, and the sum is 0
-    base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    return base, total * tl.exp(largest - base)
-
-
-@triton.jit
-def _softmax(row_ptr, head, chunks, V, LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
-    """Maximum, and sum of exponentials relative to it, of all classes."""
-    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
-    lane = tl.arange(0, LANES)[:, None] * C + tl.arange(0, C)[None, :]
-    largest = tl.full([LANES], float("-inf"), tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    whole = chunks // (2 * LANES) * (2 * LANES)
-    for first in tl.range(0, whole, 2 * LANES):
-        x = tl.load(tl.multiple_of(row_ptr + (head + first * C), 16) + lane)
-        y = tl.load(tl.multiple_of(row_ptr + (head + first * C + LANES * C), 16) + lane)
-        # of 16-bit logits two maxima an instruction
-        both = max_nan(x, y).to(DTYPE)
-        above = max_nan(largest, tl.reduce(both.to(tl.float32), 1, max_nan))
-        base, total = sum_beside_maximum(largest, total, above)
-        x, y = x.to(tl.float32) - base[:, None], y.to(tl.float32) - base[:, None]
-        total += tl.sum(tl.exp(x) + tl.exp(y), 1)
-        largest = above
-    for first in tl.range(whole, chunks, LANES):
-        x, _, _ = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
-        x = x.to(tl.float32)
-        above = max_nan(largest, tl.reduce(x, 1, max_nan))
-        base, total = sum_beside_maximum(largest, total, above)
-        total += tl.sum(tl.exp(x - base[:, None]), 1)
-        largest = above
-    row_max = tl.reduce(largest, 0, max_nan)
-    if ALIGNED:
-        _, total = sum_beside_maximum(largest, total, row_max)
-        return row_max, tl.sum(total, 0)
-    at, inside = edges(head, chunks, V, C)
-    x = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-    row_max = max_nan(row_max, tl.reduce(x, 0, max_nan))
-    base, total = sum_beside_maximum(largest, total, row_max)
-    return row_max, tl.sum(total, 0) + tl.sum(tl.exp(x - base), 0)
 
 
 @triton.jit
@@ -249,7 +203,7 @@ def _fwd_kernel(
     hit = (target >= 0) & (target < V)
     z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
 
-    row_max, total = _softmax(row_ptr, head, chunks, V, LANES, C, ALIGNED)
+    row_max, total = softmax_of(row_ptr, head, chunks, V, LANES, C, ALIGNED)
     shifted_y = z_y - row_max
     y = tl.where(hit, target, -1).to(tl.int32)
     cut = tl.full([], float("-inf"), tl.float32)
@@ -433,14 +387,6 @@ def _bwd_kernel(
         )  # fmt: skip
 
 
-def options(itemsize: int, num_classes: int) -> dict[str, int]:
-    """Lanes and warps: two chunks for each lane at least, eight warps at most. No GPU has chosen
-    them.
-    """
-    lanes = min(256, max(32, triton.next_power_of_2(num_classes * itemsize // 32)))
-    return {"LANES": lanes, **warps(lanes // 32)}
-
-
 def keep_of(k: int, num_classes: int, delta: float) -> int:
     """What forward keeps."""
     keep = LARGEST if k < num_classes else NEAR if delta < 1 else ALL
@@ -465,7 +411,7 @@ def threshold_ce_fwd(
                 float(delta), label_smoothing, ALIGNED=is_aligned(logits),
                 KEEP=keep_of(k, num_classes, delta), HAS_WEIGHT=weight is not None,
                 HAS_SMOOTHING=label_smoothing != 0,
-                **options(logits.element_size(), num_classes),
+                **lane_options(logits.element_size(), num_classes),
             )  # fmt: skip
     return *statistics, *counts
 
@@ -488,7 +434,7 @@ def threshold_ce_bwd(
     if rows == 0:
         return dlogits
     dloss, dlse = (None if g is None else g.contiguous() for g in (dloss, dlse))
-    config = options(logits.element_size(), num_classes)
+    config = lane_options(logits.element_size(), num_classes)
     chunks = max(1, num_classes * logits.element_size() // 16)
     parts = max(1, min(1024 // rows, chunks // (4 * config["LANES"])))
     with on_device(logits):

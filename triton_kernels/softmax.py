@@ -1,0 +1,73 @@
+"""The softmax over all classes of a row, in one look at it: what threshold_ce, labels_ce and plif
+share.
+
+Each lane goes through its chunks with a maximum, and a sum of exponentials relative to it, of its
+own: one exponential per class, and one more per step, which moves the sum to the new maximum. Lanes
+meet once, at the end: no barrier in the loop.
+"""
+
+import triton
+import triton.language as tl
+
+from .order import max_nan
+from .rows import edges, tile, warps
+
+
+@triton.jit
+def sum_beside_maximum(largest, total, new_largest):
+    """A sum of exponentials relative to `largest`, relative to `new_largest`."""
+    # where all so far are -inf there is nothing to be relative to, and the sum is 0
+    base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    return base, total * tl.exp(largest - base)
+
+
+@triton.jit
+def absorb(largest, total, x, AXIS: tl.constexpr):
+    """Maxima, and sums of exponentials relative to them, with more logits along AXIS."""
+    above = max_nan(largest, tl.reduce(x, AXIS, max_nan))
+    base, total = sum_beside_maximum(largest, total, above)
+    if AXIS == 1:
+        base = base[:, None]
+    return above, total + tl.sum(tl.exp(x - base), AXIS)
+
+
+@triton.jit
+def softmax_of(
+    row_ptr, head, chunks, V, LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Maximum, and sum of exponentials relative to it, of all classes. A step is two chunks."""
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    lane = tl.arange(0, LANES)[:, None] * C + tl.arange(0, C)[None, :]
+    largest = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    whole = chunks // (2 * LANES) * (2 * LANES)
+    for first in tl.range(0, whole, 2 * LANES):
+        x = tl.load(tl.multiple_of(row_ptr + (head + first * C), 16) + lane)
+        y = tl.load(tl.multiple_of(row_ptr + (head + first * C + LANES * C), 16) + lane)
+        # of 16-bit logits two maxima an instruction
+        both = max_nan(x, y).to(DTYPE)
+        above = max_nan(largest, tl.reduce(both.to(tl.float32), 1, max_nan))
+        base, total = sum_beside_maximum(largest, total, above)
+        x, y = x.to(tl.float32) - base[:, None], y.to(tl.float32) - base[:, None]
+        total += tl.sum(tl.exp(x) + tl.exp(y), 1)
+        largest = above
+    for first in tl.range(whole, chunks, LANES):
+        x, _, _ = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
+        largest, total = absorb(largest, total, x.to(tl.float32), 1)
+    row_max = tl.reduce(largest, 0, max_nan)
+    if ALIGNED:
+        _, total = sum_beside_maximum(largest, total, row_max)
+        return row_max, tl.sum(total, 0)
+    at, inside = edges(head, chunks, V, C)
+    x = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    row_max = max_nan(row_max, tl.reduce(x, 0, max_nan))
+    base, total = sum_beside_maximum(largest, total, row_max)
+    return row_max, tl.sum(total, 0) + tl.sum(tl.exp(x - base), 0)
+
+
+def lane_options(itemsize: int, num_classes: int) -> dict[str, int]:
+    """Lanes and warps: two chunks for each lane at least, eight warps at most. No GPU has chosen
+    them.
+    """
+    lanes = min(256, max(32, triton.next_power_of_2(num_classes * itemsize // 32)))
+    return {"LANES": lanes, **warps(lanes // 32)}
