@@ -36,6 +36,7 @@ from .rows import (
     is_aligned,
     kernel,
     on_device,
+    parts_of_gradient,
     row_start,
     row_strides,
     tile,
@@ -314,12 +315,11 @@ def labels_ce_bwd(
     if rows == 0:
         return dlogits
     config = lane_options(logits.element_size(), num_classes)
-    chunks = max(1, num_classes * logits.element_size() // 16)
-    parts = max(1, min(1024 // rows, chunks // (4 * config["LANES"])))
+    parts, part_size = parts_of_gradient(rows, dlogits, config["LANES"])
     with on_device(logits):
         _bwd_kernel[(rows, parts)](
             dloss.contiguous(), logits, labels.view(torch.uint8), negative, positive, cut_negative,
-            cut_positive, dlogits, *row_strides(logits), num_classes, triton.cdiv(chunks, parts),
+            cut_positive, dlogits, *row_strides(logits), num_classes, part_size,
             ALIGNED=is_aligned(logits, dlogits), ALIKE=begin_alike(logits, dlogits),
             LABELS_ALIKE=labels_begin_alike(logits, labels), **config,
         )  # fmt: skip

@@ -40,6 +40,7 @@ from .rows import (
     is_aligned,
     kernel,
     on_device,
+    parts_of_gradient,
     row_start,
     row_strides,
     tile,
@@ -566,8 +567,7 @@ def plif_ce_bwd(
     dlogits = logits.new_empty(logits.shape)
     dloss, dlse = (None if g is None else g.contiguous() for g in (dloss, dlse))
     config = lane_options(logits.element_size(), num_classes)
-    chunks = max(1, num_classes * logits.element_size() // 16)
-    parts = max(1, min(1024 // max(1, rows), chunks // (4 * config["LANES"])))
+    parts, part_size = parts_of_gradient(rows, dlogits, config["LANES"])
     cells, outside = _sums(slopes, scale, rows * parts)
     if rows > 0:
         with on_device(logits):
@@ -575,7 +575,7 @@ def plif_ce_bwd(
                 dloss, dlse, logits, target, row_max, log_sum, weight,
                 _weights(weight, num_classes, slopes, label_smoothing), slopes, offsets, scale,
                 dlogits, cells, outside, *row_strides(logits), num_classes, slopes.shape[0],
-                triton.cdiv(chunks, parts), float(bound), _rate(slopes, bound), label_smoothing,
+                part_size, float(bound), _rate(slopes, bound), label_smoothing,
                 ALIGNED=is_aligned(logits, dlogits), ALIKE=begin_alike(logits, dlogits),
                 LEARNS=scale is not None, HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None,
                 HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0, **config,

@@ -79,6 +79,13 @@ def begin_alike(logits: torch.Tensor, dlogits: torch.Tensor) -> bool:
     return all(gap % 16 == 0 for gap in gaps)
 
 
+def parts_of_gradient(rows: int, dlogits: torch.Tensor, lanes: int) -> tuple[int, int]:
+    """Programs that share a row of a gradient, one unless a GPU would idle, and chunks of each."""
+    chunks = max(1, dlogits.shape[-1] * dlogits.element_size() // 16)
+    parts = max(1, min(1024 // max(1, rows), chunks // (4 * lanes)))
+    return parts, triton.cdiv(chunks, parts)
+
+
 def warps(number: int) -> dict[str, int]:
     """Options of a launch. From Triton 3.10 on it must be asked to fuse a * b + c."""
     return {"num_warps": number, "enable_fp_fusion": True}

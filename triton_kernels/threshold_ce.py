@@ -37,6 +37,7 @@ from .rows import (
     is_aligned,
     kernel,
     on_device,
+    parts_of_gradient,
     row_start,
     row_strides,
     tile,
@@ -435,12 +436,11 @@ def threshold_ce_bwd(
         return dlogits
     dloss, dlse = (None if g is None else g.contiguous() for g in (dloss, dlse))
     config = lane_options(logits.element_size(), num_classes)
-    chunks = max(1, num_classes * logits.element_size() // 16)
-    parts = max(1, min(1024 // rows, chunks // (4 * config["LANES"])))
+    parts, part_size = parts_of_gradient(rows, dlogits, config["LANES"])
     with on_device(logits):
         _bwd_kernel[(rows, parts)](
             dloss, dlse, logits, target, row_max, log_sum, cut, cut_index, kept, weight, dlogits,
-            *row_strides(logits), num_classes, triton.cdiv(chunks, parts), label_smoothing,
+            *row_strides(logits), num_classes, part_size, label_smoothing,
             ALIGNED=is_aligned(logits, dlogits), ALIKE=begin_alike(logits, dlogits),
             HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None,
             HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing != 0, **config,
