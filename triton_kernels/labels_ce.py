@@ -39,6 +39,7 @@ from .rows import (
     parts_of_gradient,
     row_start,
     row_strides,
+    store_tile,
     tile,
 )
 from .softmax import absorb, lane_options, sum_beside_maximum
@@ -263,11 +264,7 @@ def _bwd_kernel(
             row_ptr, marks_ptr, head, first, last_chunk, LANES, C, LABELS_ALIKE
         )
         g = _gradient(x, label, dloss, negative, positive, low, high)
-        if ALIKE:
-            lane = tl.arange(0, LANES)[:, None] * C + tl.arange(0, C)[None, :]
-            tl.store(tl.multiple_of(out_ptr + (head + first * C), 16) + lane, g, mask=inside)
-        else:
-            tl.store(out_ptr + at, g, mask=inside)
+        store_tile(out_ptr, head, first, g, at, inside, ALIKE)
     if not ALIGNED:
         if first_chunk == 0:
             x_edge, label_edge, at_edge, here = _labelled_edges(

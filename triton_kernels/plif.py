@@ -43,6 +43,7 @@ from .rows import (
     parts_of_gradient,
     row_start,
     row_strides,
+    store_tile,
     tile,
     warps,
 )
@@ -341,11 +342,7 @@ def _ce_bwd_kernel(
         )  # fmt: skip
         left += more_left
         right += more_right
-        if ALIKE:
-            lane = tl.arange(0, LANES)[:, None] * C + tl.arange(0, C)[None, :]
-            tl.store(tl.multiple_of(out_ptr + (head + first * C), 16) + lane, g, mask=inside)
-        else:
-            tl.store(out_ptr + at, g, mask=inside)
+        store_tile(out_ptr, head, first, g, at, inside, ALIKE)
     part_left, part_right = tl.sum(left, 0), tl.sum(right, 0)
     if not ALIGNED:
         if first_chunk == 0:

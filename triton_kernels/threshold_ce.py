@@ -40,6 +40,7 @@ from .rows import (
     parts_of_gradient,
     row_start,
     row_strides,
+    store_tile,
     tile,
 )
 from .softmax import lane_options, softmax_of
@@ -288,11 +289,7 @@ def _sweep(
             x, at, inside, row_max, log_sum, cut_key, cut_index, factor, share, at_target,
             target, weight_ptr, DENSE, HAS_WEIGHT, HAS_SMOOTHING,
         )  # fmt: skip
-        if ALIKE:
-            lane = tl.arange(0, LANES)[:, None] * C + tl.arange(0, C)[None, :]
-            tl.store(tl.multiple_of(out_ptr + (head + first * C), 16) + lane, g, mask=inside)
-        else:
-            tl.store(out_ptr + at, g, mask=inside)
+        store_tile(out_ptr, head, first, g, at, inside, ALIKE)
     if not ALIGNED:
         if first_chunk == 0:
             at_edge, here = edges(head, chunks, V, C)
