@@ -22,6 +22,8 @@ from .rows import on_device, row_start, row_strides, warps
 
 BLOCK_N = 4
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+# No number makes another kernel; an address does, by being a multiple of 16 bytes or not.
+_NUMBERS = ["rows", "rows_t", "units_b", "units_t", "units_e", "vectors", "width_units"]
 
 
 @triton.jit
@@ -45,9 +47,7 @@ def _rows(
     )
 
 
-@triton.jit(
-    do_not_specialize=["rows", "rows_t", "units_b", "units_t", "units_e", "vectors", "width_units"]
-)
+@triton.jit(do_not_specialize=_NUMBERS)
 def _fwd_kernel(
     output_ptr,  # (N, D) or (B, T, D)
     target_ptr,  # (N) int64
@@ -107,11 +107,7 @@ def _fwd_kernel(
     tl.store(by_target_ptr + row, by_target, mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "rows_t", "units_b", "units_t", "units_e", "vectors", "width_units"
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=_NUMBERS)
 def _bwd_kernel(
     dloss_ptr,  # (N) fp32
     output_ptr,  # (N, D) or (B, T, D)

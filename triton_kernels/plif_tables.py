@@ -285,15 +285,15 @@ def _join_kernel(
     tl.store(scale_ptr, _fixed_point(tl.max(maxima, 0), rows))
 
 
-def options(kernel: str, has_dprobs: bool = False) -> dict[str, int]:
+def options(name: str, has_dprobs: bool = False) -> dict[str, int]:
     """Of a kernel of this file; of the scale's also with gradients of the probabilities."""
     config = {
         "slopes": {"BLOCK": BLOCK, **warps(4)},
         "masses": {"BLOCK": BLOCK, **warps(4)},
         "scale": {"ROWS": ROWS, "BLOCK_K": 1, **warps(16)},
         "join": {"PARTS": SCALE_PARTS, **warps(4)},
-    }.get(kernel, {"BLOCK": BLOCK, "PARTS": PARTS, **warps(4)})
-    if has_dprobs and kernel == "scale":
+    }.get(name, {"BLOCK": BLOCK, "PARTS": PARTS, **warps(4)})
+    if has_dprobs and name == "scale":
         config = {"ROWS": 128, "BLOCK_K": 16, **warps(8)}
     # a * b + c with two roundings, as in tensor operations
     return config | {"enable_fp_fusion": False}

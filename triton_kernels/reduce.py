@@ -106,12 +106,12 @@ def _bwd_kernel(
     tl.store(dloss_ptr + row, tl.where(target != ignore_index, share, 0.0), mask=exists)
 
 
-def options(kernel: str) -> dict[str, int]:
+def options(name: str) -> dict[str, int]:
     return {
         "fwd": {"BLOCK": BLOCK, **warps(16)},
         "join": {"PROGRAMS": PROGRAMS, **warps(4)},
         "bwd": {"BLOCK": _BWD_BLOCK, **warps(4)},
-    }[kernel]
+    }[name]
 
 
 def reduce_fwd(
