@@ -12,6 +12,7 @@ same optimiser the model learns with
     cross_entropy             torch: logits, then the dense loss
     linear_cross_entropy      torch's fused layer and loss, by chunks, where this torch has it
     k100, k20                 fused_linear_sparse_ce: the 100 or 20 best classes and the target
+    k100 end, k20 end         the same, and all classes in the last quarter of the steps
 
 and is judged by the dense softmax, always. With --head-only the output layer alone learns, on
 hidden states that are computed once: what differs between the lines is then nearly all there is.
@@ -40,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from console import Progress, now
-from sparse_ce import fused_linear_sparse_ce, fused_sparse_ce
+from sparse_ce import KSchedule, fused_linear_sparse_ce, fused_sparse_ce
 from torch import Tensor, nn
 
 # the bench, for its measure of memory
@@ -52,7 +53,8 @@ WINDOW = 512  # tokens that the model sees at a time
 BATCH = 2  # windows a step
 EVALUATIONS = 4  # after the start, evenly spaced
 CHUNK = 256  # tokens, for torch's chunked loss: its own choice, 8, is several times slower
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden (N, D), weight (V, D), target (N)
+# of hidden (N, D), weight (V, D), target (N), and the k of the step for those that have one
+Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,19 @@ class Line:
     label: str
     loss: Loss
     k: int | None  # None: dense
+    ends_dense: bool = False
+
+    def schedule(self, num_classes: int, steps: int) -> Callable[[int], dict[str, int]]:
+        """What the loss is given beside its tensors at step 0, 1, ..."""
+        if self.k is None:
+            return lambda step: {}
+        dense_from = steps - steps // 4 if self.ends_dense else None
+        schedule = KSchedule(num_classes, self.k, dense_from=dense_from)
+        return lambda step: {"k": schedule(step)}
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
-
-
-def sparse(k: int) -> Loss:
-    return partial(fused_linear_sparse_ce, k=k)
 
 
 def make_lines() -> list[Line]:
@@ -116,7 +123,11 @@ def make_lines() -> list[Line]:
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
         chunked = partial(F.linear_cross_entropy, options=options)
         lines.append(Line("chunked", "linear_cross_entropy", chunked, None))
-    return lines + [Line(f"k{k}", f"sparse, k = {k}", sparse(k), k) for k in KS]
+    for k in KS:
+        lines.append(Line(f"k{k}", f"sparse, k = {k}", fused_linear_sparse_ce, k))
+        label = f"k = {k}, ends dense"
+        lines.append(Line(f"k{k} end", label, fused_linear_sparse_ce, k, ends_dense=True))
+    return lines
 
 
 def load_model() -> tuple[Network, Callable[[str], list[int]]]:
@@ -211,9 +222,9 @@ def evaluate(network: Network, windows: Windows) -> dict[str, Any]:
     }
 
 
-def head_step(line: Line, network: Network, hidden: Tensor, target: Tensor) -> Tensor:
+def head_step(loss: Loss, network: Network, hidden: Tensor, target: Tensor) -> Tensor:
     """Loss and gradients of the output layer, into network.weight.grad and hidden.grad."""
-    loss = line.loss(hidden.flatten(0, 1), network.weight, target.flatten())
+    loss = loss(hidden.flatten(0, 1), network.weight, target.flatten())
     loss.backward()
     return loss.detach()
 
@@ -235,7 +246,15 @@ def train(
     with torch.no_grad():
         hidden = network.trunk(batches[0][0])
     leaf = hidden.requires_grad_(not settings.head_only)
-    peak = peak_memory(device, lambda: head_step(line, network, leaf, batches[0][1]))
+    options = line.schedule(network.weight.shape[0], steps)
+    # of the last step, too: where a line ends dense, its peak is there
+    peak = max(
+        peak_memory(
+            device,
+            lambda i=i: head_step(partial(line.loss, **options(i)), network, leaf, batches[0][1]),
+        )
+        for i in (0, steps - 1)
+    )
     del hidden, leaf
 
     for step, (inputs, target) in enumerate(batches, 1):
@@ -245,7 +264,7 @@ def train(
         # cut off the trunk, so that the head's backward pass can be timed by itself
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
         head_began = now(device)
-        loss = head_step(line, network, leaf, target)
+        loss = head_step(partial(line.loss, **options(step - 1)), network, leaf, target)
         times.append(now(device) - head_began)
         if hidden.requires_grad:
             hidden.backward(leaf.grad)
@@ -269,7 +288,7 @@ def train(
         "name": line.name,
         "label": line.label,
         "k": line.k,
-        "head_ms": 1000 * statistics.median(times),
+        "head_ms": 1000 * statistics.mean(times),
         "head_peak_bytes": peak,
         "history": history,
     }
@@ -304,6 +323,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "chunked": {"color": "#000000", "marker": "^", "markersize": 6, "linestyle": ":"},
     "k100": {"color": "#0072B2", "marker": "s", "markersize": 7, "linestyle": "--"},
     "k20": {"color": "#D55E00", "marker": "D", "markersize": 7},
+    "k100 end": {"color": "#56B4E9", "marker": "s", "markersize": 5},
+    "k20 end": {"color": "#E69F00", "marker": "D", "markersize": 5, "linestyle": "--"},
 }
 
 
@@ -409,7 +430,7 @@ def main() -> None:
 
 perplexity  of text never trained on, by the dense softmax; it was {before["perplexity"]:.3f}
 gain        in the loss behind it, as a share of what dense training gains
-head, ms    forward and backward of the output layer and its loss, a step, median
+head, ms    forward and backward of the output layer and its loss, a step, mean
 peak MB     the most that this holds beyond what it was given; the gradient of the weight is
             {network.weight.nbytes / 1e6:.0f} MB of it
 mass        of the dense softmax inside the k best classes, after training, on the validation text

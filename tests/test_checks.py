@@ -272,6 +272,11 @@ ERRORS = {
         ValueError,
         "expected warmup_steps >= 0, got -1",
     ),
+    "dense_from range": (
+        lambda: KSchedule(10, 2, dense_from=-1),
+        ValueError,
+        "expected dense_from >= 0, got -1",
+    ),
     "anneal_steps type": (
         lambda: KSchedule(10, 2, 0, True),
         TypeError,

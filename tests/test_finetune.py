@@ -35,9 +35,12 @@ def problem(request, monkeypatch):
     return network, training, validation, settings
 
 
-def test_the_losses_train_alike_where_k_is_all(problem):
+def test_the_losses_train_alike_where_k_is_all(problem, monkeypatch):
     lines = [line for line in example.make_lines() if line.k is None]
-    lines.append(example.Line("sparse", "", example.sparse(CLASSES), None))
+    lines.append(example.Line("sparse", "", example.fused_linear_sparse_ce, CLASSES))
+    # a line that ends dense, from its first step on
+    monkeypatch.setattr(example.KSchedule, "__call__", lambda schedule, step: schedule.num_classes)
+    lines.append(example.Line("end", "", example.fused_linear_sparse_ce, 5, ends_dense=True))
     dense, *others = (example.train(line, *problem) for line in lines)
     network, _, validation, _ = problem
     before = example.evaluate(network, validation)

@@ -83,7 +83,7 @@ def test_options_may_change_between_steps():
 
 def test_the_example_of_the_schedule():
     result = doctest.testmod(schedule)
-    assert result.attempted == 3 and result.failed == 0
+    assert result.attempted == 5 and result.failed == 0
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,15 @@ def test_schedule_without_warmup_and_annealing_is_constant():
     assert [KSchedule(10, 3, 0, 0)(step) for step in range(3)] == [3, 3, 3]
 
 
+def test_schedule_ends_dense():
+    schedule = KSchedule(100, 5, warmup_steps=2, anneal_steps=2, dense_from=7)
+    assert [schedule(step) for step in range(10)] == [100, 100, 100, 22, 5, 5, 5, 100, 100, 100]
+    # also where it begins before k is reached
+    assert [KSchedule(100, 5, 2, 2, dense_from=3)(step) for step in range(6)] == [100] * 6
+
+
 def test_schedule_repr_makes_an_equal_one():
-    original = KSchedule(2000, 20, 100, 200)
+    original = KSchedule(2000, 20, 100, 200, 350)
     copy = eval(repr(original), {"KSchedule": KSchedule})
     assert [copy(step) for step in range(0, 400, 7)] == [
         original(step) for step in range(0, 400, 7)

@@ -333,12 +333,15 @@ def dim(value: int, logits: Tensor) -> None:
         )
 
 
-def schedule(num_classes: int, k: int, warmup_steps: int, anneal_steps: int) -> None:
+def schedule(
+    num_classes: int, k: int, warmup_steps: int, anneal_steps: int, dense_from: int | None
+) -> None:
     for name, value, least in (
         ("num_classes", num_classes, 1),
         ("k", k, 1),
         ("warmup_steps", warmup_steps, 0),
         ("anneal_steps", anneal_steps, 0),
+        ("dense_from", 0 if dense_from is None else dense_from, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {_kind(value)}")

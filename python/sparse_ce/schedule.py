@@ -6,30 +6,43 @@ from . import checks
 
 
 class KSchedule:
-    """``schedule(step)`` is the k of that step: dense, then shrinking geometrically, then ``k``.
+    """``schedule(step)`` is the k of that step: dense, then shrinking geometrically, then ``k``, at
+    the end dense again.
 
     For ``warmup_steps`` steps all ``num_classes`` are kept; over the next ``anneal_steps`` k falls
-    from ``num_classes`` to ``k`` by the same factor per step; from there on it is ``k``. ``k``
-    alone starves a network that trains from scratch: only the current top k classes of a row get a
-    gradient, and its loss falls to log k, which looks like success (README). Stateless: nothing to
-    save in a checkpoint. Triton compiles a kernel once per power of two that k passes, all else
-    never again.
+    from ``num_classes`` to ``k`` by the same factor per step; from there on it is ``k``, and from
+    step ``dense_from`` on ``num_classes`` again. ``k`` alone starves a network that trains from
+    scratch: only the current top k classes of a row get a gradient, and its loss falls to log k,
+    which looks like success. It never trains the probability of the tail down either: a dense end
+    of a quarter of the steps does (README, Fine-tuning). Stateless: nothing to save in a
+    checkpoint. Triton compiles a kernel once per power of two that k passes, all else never again.
 
     >>> schedule = KSchedule(num_classes=2000, k=20, warmup_steps=100, anneal_steps=200)
     >>> [schedule(step) for step in (0, 99, 200, 300, 10_000)]
     [2000, 2000, 200, 20, 20]
+    >>> schedule = KSchedule(2000, 20, warmup_steps=0, anneal_steps=0, dense_from=750)
+    >>> [schedule(step) for step in (0, 749, 750)]
+    [20, 20, 2000]
     """
 
-    def __init__(self, num_classes: int, k: int, warmup_steps: int, anneal_steps: int) -> None:
-        checks.schedule(num_classes, k, warmup_steps, anneal_steps)
+    def __init__(
+        self,
+        num_classes: int,
+        k: int,
+        warmup_steps: int = 0,
+        anneal_steps: int = 0,
+        dense_from: int | None = None,
+    ) -> None:
+        checks.schedule(num_classes, k, warmup_steps, anneal_steps, dense_from)
         self.num_classes = num_classes
         self.k = min(k, num_classes)
         self.warmup_steps = warmup_steps
         self.anneal_steps = anneal_steps
+        self.dense_from = dense_from
 
     def __call__(self, step: int) -> int:
         """k at optimiser step ``step`` = 0, 1, ..."""
-        if step < self.warmup_steps:
+        if step < self.warmup_steps or (self.dense_from is not None and step >= self.dense_from):
             return self.num_classes
         if step >= self.warmup_steps + self.anneal_steps:
             return self.k
@@ -39,7 +52,8 @@ class KSchedule:
     def __repr__(self) -> str:
         return (
             f"KSchedule(num_classes={self.num_classes}, k={self.k}, "
-            f"warmup_steps={self.warmup_steps}, anneal_steps={self.anneal_steps})"
+            f"warmup_steps={self.warmup_steps}, anneal_steps={self.anneal_steps}, "
+            f"dense_from={self.dense_from})"
         )
 
 
