@@ -1,5 +1,5 @@
 # make demo   a real classifier with thousands of classes trains, three to four minutes on two cores
-# make finetune   the output layer of a language model with 49,152 classes: four minutes on two quiet cores
+# make finetune   the output layer of a language model with 49,152 classes: five minutes on two quiet cores
 # make adaptive   adaptive sparse softmax on the classifier of the demo, three seeds: eight minutes on two quiet cores
 # make words   a language model of words, with PLIF and with continuous outputs: 12 minutes on two quiet cores
 # make test   the tests, on the processor and on a GPU where there is one

