@@ -246,9 +246,10 @@ void threshold_backward_rows(const ThresholdBackward& a, int64_t begin, int64_t 
     const bool dense = a.kept[n] == classes;
     const double at_target =
         hit ? dloss * (1 - a.label_smoothing) * (weight ? weight[y] : T{1}) : 0;
-    const T spread = a.label_smoothing == 0 ? T{0}  // also where dloss is infinite
-                                            : static_cast<T>(dloss * a.label_smoothing /
-                                                             static_cast<double>(a.kept[n]));
+    const T spread =
+        a.label_smoothing == 0
+            ? T{0}  // also where dloss is infinite
+            : static_cast<T>(dloss * a.label_smoothing / static_cast<double>(a.kept[n]));
     share += at_target;
     if (spread != 0) {
       double total = weight ? 0 : static_cast<double>(a.kept[n]);

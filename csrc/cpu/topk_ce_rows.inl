@@ -468,9 +468,9 @@ void backward_rows(const Backward& a, int64_t begin, int64_t end, Curve f) {
 
     const double at_target =
         hit ? dloss * (1 - a.label_smoothing) * (weight ? weight[y] : T{1}) : 0;
-    const double spread =
-        a.label_smoothing == 0 ? 0  // also where dloss is infinite
-                               : dloss * a.label_smoothing / static_cast<double>(k);
+    const double spread = a.label_smoothing == 0
+                              ? 0  // also where dloss is infinite
+                              : dloss * a.label_smoothing / static_cast<double>(k);
     share += at_target;
     if (spread != 0)
       share += spread * sum_by_lanes<double>(k, [&](int64_t i) {
