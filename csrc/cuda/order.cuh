@@ -179,6 +179,11 @@ template <class T> __device__ __forceinline__ StatisticOf<T> number_of(T x) {
     return x;
 }
 
+// Whether a class is not after (cut, cut_index) in the order, where the cut is not NaN: fewer instructions than keys take.
+template <class S> __device__ __forceinline__ bool is_kept(S z, int i, S cut, int cut_index) {
+  return !(z <= cut) || (z == cut && i <= cut_index);
+}
+
 // Element `place` of a chunk.
 template <class T, int N>
 __device__ __forceinline__ T element_of(const Chunk<T, N>& chunk, int place) {

@@ -32,11 +32,6 @@ template <class T> struct Cut {
   }
 };
 
-// The same in fewer instructions, where the cut is not NaN.
-template <class S> __device__ __forceinline__ bool is_kept(S z, int i, S cut, int cut_index) {
-  return !(z <= cut) || (z == cut && i <= cut_index);
-}
-
 // A second look, at the classes that are kept: their number, their sum of exponentials, the least logit, and of label smoothing
 // the sum of the weights and of the weighted distances from the maximum.
 template <class S> struct Look {
