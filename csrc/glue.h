@@ -173,6 +173,48 @@ template <class ThresholdBackward> ThresholdBackward threshold_backward_argument
   return arguments;
 }
 
+// row_max, log_sum, mass, draws
+using TailOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Not filled yet.
+inline TailOutputs empty_tail_outputs(const Tensor& logits, int64_t samples) {
+  check_logits(logits);
+  TORCH_CHECK(samples >= 0, "samples: expected 0 <= samples, got ", samples);
+  auto shape = logits.sizes().slice(0, logits.dim() - 1).vec();
+  const auto statistic = [&] { return at::empty(shape, statistics_of(logits)); };
+  const Tensor row_max = statistic(), log_sum = statistic(), mass = statistic();
+  shape.push_back(samples);
+  return {row_max, log_sum, mass, at::empty(shape, logits.options().dtype(at::kInt))};
+}
+
+template <class Tail> Tail tail_arguments(const Tensor& logits, const Tensor& target,
+                                          const Tensor& indices,
+                                          const std::optional<Tensor>& uniform, int64_t samples,
+                                          const TailOutputs& outputs) {
+  TORCH_CHECK(indices.is_contiguous() && indices.scalar_type() == at::kInt &&
+                  indices.size(-1) < logits.size(-1),
+              "indices: expected contiguous int32 of fewer classes than logits have, got ",
+              indices.scalar_type(), indices.sizes());
+  TORCH_CHECK(
+      !uniform || (uniform->is_contiguous() && samples > 0 &&
+                   uniform->scalar_type() == statistics_of(logits).dtype()),
+      "uniform: expected contiguous numbers of the dtype of the statistics, and samples, got ",
+      uniform->scalar_type(), " and samples = ", samples);
+  const auto& [row_max, log_sum, mass, draws] = outputs;
+  Tail arguments{};
+  arguments.logits = rows_of<decltype(arguments.logits)>(logits);
+  arguments.target = target.const_data_ptr<int64_t>();
+  arguments.indices = indices.const_data_ptr<int32_t>();
+  arguments.k = indices.size(-1);
+  arguments.uniform = pointer(uniform);
+  arguments.samples = samples;
+  arguments.row_max = row_max.data_ptr();
+  arguments.log_sum = log_sum.data_ptr();
+  arguments.mass = mass.data_ptr();
+  arguments.draws = draws.template data_ptr<int32_t>();
+  return arguments;
+}
+
 // loss, negative, positive, cut_negative, cut_positive
 using LabelsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -54,7 +54,7 @@ def _log_sum_units(k: int) -> float:
     return 2 + math.log(k) + math.log2(k) / 2
 
 
-def _probability_units(k: int) -> float:
+def probability_units(k: int) -> float:
     return 2 + _log_sum_units(k) + 2 * math.log(k)
 
 
@@ -73,7 +73,7 @@ def assert_within(name: str, actual: Tensor, expected: Tensor, tolerance: Tensor
         )
 
 
-def _with_rounding(expected: Tensor, tolerance: Tensor, dtype: torch.dtype) -> Tensor:
+def with_rounding(expected: Tensor, tolerance: Tensor, dtype: torch.dtype) -> Tensor:
     """The tolerance of a gradient that is rounded to its dtype; what is exact stays exact."""
     output = torch.finfo(dtype)
     rounding = (expected.abs() + tolerance) * output.eps / 2 if output.bits < 32 else 0
@@ -149,7 +149,7 @@ class Truth:
     @property
     def probs_tolerance(self) -> Tensor:
         exponent = 2 * torch.special.entr(self.probs)  # p |log p|
-        return self.unit * (exponent + _probability_units(self.k) * self.probs) + self.smallest
+        return self.unit * (exponent + probability_units(self.k) * self.probs) + self.smallest
 
     def assert_forward(self, loss: Tensor, lse: Tensor, indices: Tensor, probs: Tensor) -> None:
         found = indices.cpu().long().reshape(self.indices.shape)
@@ -192,7 +192,7 @@ class Truth:
         if active.numel():
             expected[active] = self._gradient(active, a[active], b[active], q[active])
             tolerance[active] = self._gradient_tolerance(active, a[active], b[active], q[active])
-        tolerance = _with_rounding(expected, tolerance, self.dtype)
+        tolerance = with_rounding(expected, tolerance, self.dtype)
         assert_within("dlogits", dlogits, expected, tolerance)
 
     def _gradient(self, rows: Tensor, a: Tensor, b: Tensor, q: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Truth:
         ) + q.abs()
         smoothing = a.abs().unsqueeze(-1) * self.label_smoothing / self.k * self.w[index]
         units = (
-            above * (2 * torch.special.entr(p) + (4 + _probability_units(self.k)) * p)
+            above * (2 * torch.special.entr(p) + (4 + probability_units(self.k)) * p)
             + 4 * smoothing
         )
         tolerance = (
@@ -275,7 +275,7 @@ class LabelsTruth:
             expected = torch.where(counted, sign * a * q, expected)
             within = a.abs() * (self.unit * units + self.smallest)
             tolerance = torch.where(counted, within, tolerance)
-        assert_within("dlogits", dlogits, expected, _with_rounding(expected, tolerance, self.dtype))
+        assert_within("dlogits", dlogits, expected, with_rounding(expected, tolerance, self.dtype))
 
 
 @dataclass
@@ -330,5 +330,5 @@ class DistanceTruth:
         counted = self.hit.unsqueeze(-1) & (a != 0)
         expected = torch.where(counted, a * self.gradient, 0)
         tolerance = torch.where(counted, a.abs() * self.gradient_tolerance, 0)
-        tolerance = _with_rounding(expected, tolerance, self.dtype)
+        tolerance = with_rounding(expected, tolerance, self.dtype)
         assert_within("doutput", doutput, expected, tolerance)

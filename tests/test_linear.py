@@ -554,18 +554,21 @@ def test_opcheck(subject, needed):
     hidden, weight, bias, target = layer(torch.float32, (4,), True, subject.device)
     name, dtype = subject.backend, torch.float32
     arguments = (hidden, weight, bias, target, None, 5, 0.1, dtype, 2)
-    topk = linear.topk_linear_ce_fwd(*arguments, True, name)
+    topk = linear.topk_linear_ce_fwd(*arguments, None, None, True, name)
+    drawn = (torch.rand(4).to(subject.device), 3)
+    tail = linear.topk_linear_ce_fwd(*arguments, *drawn, True, name)
     threshold = linear.threshold_linear_ce_fwd(*arguments, name)
     above = torch.rand(4).to(subject.device)
     leaves = (hidden.detach(), weight.detach())
-    _, _, indices, probs = (t.detach() for t in topk)
-    g, classes = ops.coefficients(above, None, None, target, indices, probs, None, 0.1, CLASSES)
+    lists = [[t.detach() for t in outputs[2:]] for outputs in (topk, tail)]
+    g, classes = ops.coefficients(above, None, None, target, *lists[0], None, 0.1, CLASSES, 5)
     checked = [
-        (linear.topk_linear_ce_fwd, (*arguments, True, name)),
+        (linear.topk_linear_ce_fwd, (*arguments, None, None, True, name)),
+        (linear.topk_linear_ce_fwd, (*arguments, *drawn, True, name)),
         (linear.threshold_linear_ce_fwd, (*arguments, name)),
         *((linear.topk_linear_ce_bwd,
-           (above, above, None, *leaves, target, indices, probs, None, 0.1, dtype, 2, sparse,
-            needed, name)) for sparse in (True, False)),
+           (above, above, None, *leaves, target, *found, None, 5, 0.1, dtype, 2, sparse,
+            needed, name)) for sparse in (True, False) for found in lists),
         (linear.threshold_linear_ce_bwd,
          (above, None, *leaves, bias.detach(), target, *(t.detach() for t in threshold[2:]), None,
           0.1, dtype, 2, needed, name)),

@@ -264,6 +264,27 @@ def label_smoothing(value: float) -> None:
         raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {value}")
 
 
+def normalizer(value: str) -> None:
+    _choice("normalizer", value, ("topk", "full"))
+
+
+def tail_samples(value: int, normalizer: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"tail_samples: expected an int, got {_kind(value)}")
+    if value < 0:
+        raise ValueError(f"tail_samples: expected 0 <= tail_samples, got {value}")
+    if value > 0 and normalizer != "full":
+        raise ValueError(
+            "tail_samples: expected 0 with normalizer='topk', whose softmax has no tail, got "
+            f"{value}; pass normalizer='full'"
+        )
+
+
+def no_link(normalizer: str) -> None:
+    if normalizer != "topk":
+        raise ValueError(f"link: expected None with normalizer={normalizer!r}, got a MonotonicPLIF")
+
+
 def delta(value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"delta: expected a float, got {_kind(value)}")
@@ -360,6 +381,8 @@ def options(value: dict[str, Any]) -> None:
     known: dict[str, Callable[[Any], None]] = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
+        "normalizer": normalizer,
+        "tail_samples": lambda samples: tail_samples(samples, value["normalizer"]),
         "reduction": reduction,
         "return_support": return_support,
         "weight_grad": weight_grad,

@@ -12,6 +12,9 @@ from .schema import fixed_point, statistics_dtype
 # Elements of the (rows, V) temporaries that exist at a time; eight bytes each.
 _CHUNK_ELEMENTS = 1 << 24
 
+# In units of which tail_fwd adds up probabilities: integers, exact in float64 too.
+_TAIL_SCALE = 2.0**52
+
 
 def _chunks(rows: int, num_classes: int) -> Iterator[slice]:
     step = max(1, _CHUNK_ELEMENTS // num_classes)
@@ -297,6 +300,42 @@ def threshold_ce_bwd(
         g.scatter_add_(-1, y.unsqueeze(-1), -at_target.unsqueeze(-1))
         dlogits[part] = g.to(dlogits.dtype)
     return dlogits.view(logits.shape)
+
+
+def tail_fwd(
+    logits: Tensor, target: Tensor, indices: Tensor, uniform: Tensor | None, samples: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, num_classes = logits.shape[:-1], logits.shape[-1]
+    dtype = statistics_dtype(logits.dtype)
+    flat, y = logits.flatten(0, -2), target.flatten()
+    last = indices[..., -1].flatten().long()
+    row_max, log_sum = (logits.new_empty(flat.shape[0], dtype=dtype) for _ in range(2))
+    mass = logits.new_zeros(flat.shape[0], dtype=dtype)
+    draws = logits.new_full((flat.shape[0], samples), -1, dtype=torch.int32)
+    classes = torch.arange(num_classes, device=logits.device)
+    for part in _chunks(flat.shape[0], num_classes):
+        z = flat[part].to(dtype)
+        row_max[part] = z.amax(-1)
+        shifted = z - row_max[part].unsqueeze(-1)
+        log_sum[part] = shifted.exp().sum(-1).log()
+        if uniform is None:
+            continue
+        p = (shifted - log_sum[part].unsqueeze(-1)).exp_().clamp_(max=1).nan_to_num(0)
+        cut = z.gather(-1, last[part].unsqueeze(-1)).squeeze(-1)
+        out = _kept(z, cut, last[part]) | (classes == y[part].unsqueeze(-1))
+        sums = (p.double() * _TAIL_SCALE).long().masked_fill_(out, 0).cumsum(-1)
+        stride = sums[:, -1] // samples
+        first = (uniform.flatten()[part].double() * stride).long()
+        places = first.unsqueeze(-1) + stride.unsqueeze(-1) * torch.arange(
+            samples, device=logits.device
+        )
+        found = torch.searchsorted(sums, places, right=True)
+        drawn = (stride > 0) & log_sum[part].isfinite()
+        draws[part] = found.masked_fill(~drawn.unsqueeze(-1), -1).int()
+        share = torch.where(drawn, sums[:, -1].double() / _TAIL_SCALE, 0).to(dtype)
+        mass[part] = share.masked_fill(~log_sum[part].isfinite(), torch.nan)
+    shaped = (t.view(rows) for t in (row_max, log_sum, mass))
+    return *shaped, draws.view(*rows, samples)  # type: ignore[return-value]
 
 
 def _log_one_plus(x: Tensor, kept: Tensor) -> Tensor:

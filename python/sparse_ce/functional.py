@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops, schema
+from . import backends, checks, ops, schema, tail
 from .plif import MonotonicPLIF, topk_plif_ce_fwd
 from .support import Support
 
@@ -45,6 +45,30 @@ def is_fewer(k: int, num_classes: int) -> bool:
     return True if k < num_classes else False
 
 
+def samples_of(normalizer: str, tail_samples: int) -> int | None:
+    """How many draws stand for the tail; None: there is none, the softmax is that of the list."""
+    if normalizer == "topk":
+        return None
+    # an evaluation leaves torch's generator alone
+    return tail_samples if torch.is_grad_enabled() else 0
+
+
+def uniform_of(rows: Tensor, dtype: torch.dtype, samples: int | None) -> Tensor | None:
+    """A number for each row, from torch's generator of its device: nothing waits for it."""
+    if not samples:
+        return None
+    return torch.rand(rows.shape[:-1], device=rows.device, dtype=schema.statistics_dtype(dtype))
+
+
+def support_of(
+    target: Tensor, indices: Tensor, probs: Tensor, lse: Tensor, k: int, num_classes: int
+) -> Support:
+    """Of rows, whose lists may be longer than k."""
+    shape = (*target.shape, k)
+    indices, probs = (t[..., :k].reshape(shape) for t in (indices, probs))
+    return Support(indices, probs, lse.view(target.shape), num_classes)
+
+
 @overload
 def fused_sparse_ce(
     logits: Tensor,
@@ -54,6 +78,8 @@ def fused_sparse_ce(
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
     link: MonotonicPLIF | None = ...,
     reduction: str = ...,
     return_support: Literal[False] = ...,
@@ -68,6 +94,8 @@ def fused_sparse_ce(
     weight: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
     link: MonotonicPLIF | None = ...,
     reduction: str = ...,
     return_support: Literal[True],
@@ -81,6 +109,8 @@ def fused_sparse_ce(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    normalizer: str = "topk",
+    tail_samples: int = 0,
     link: MonotonicPLIF | None = None,
     reduction: str = "mean",
     return_support: bool = False,
@@ -105,6 +135,14 @@ def fused_sparse_ce(
             NaN.
         label_smoothing: share of the target's probability that is spread uniformly over S, in [0,
             1].
+        normalizer: "topk", the softmax over S, or "full", the softmax over all classes: the loss is
+            that of ``F.cross_entropy`` (label smoothing still goes to S), its gradient is kept at S
+            and at the target. What is outside, the tail, pushes nothing then: a bias of its
+            probability, ``Support.tail_mass()``. Without second derivatives.
+        tail_samples: with "full", how many classes stand for the tail: drawn in proportion to their
+            probability, by systematic sampling with torch's generator, where a gradient is
+            recorded. The expectation of the gradient is that of the dense loss, exactly, with at
+            most k + 1 + tail_samples non-zeros per row.
         link: a ``MonotonicPLIF`` f: the loss of f(logits), which are never stored. It keeps the
             order, so that S stays the same and k + 1 logits of a row go through it; the Support's
             probabilities and log-sum-exp are those of f(logits). Without second derivatives; lists
@@ -130,8 +168,11 @@ def fused_sparse_ce(
     checks.weight(weight, logits)
     checks.ignore_index(ignore_index)
     checks.label_smoothing(label_smoothing)
+    checks.normalizer(normalizer)
+    checks.tail_samples(tail_samples, normalizer)
     if link is not None:
         checks.link(link, MonotonicPLIF, logits)
+        checks.no_link(normalizer)
     checks.reduction(reduction)
     checks.return_support(return_support)
     checks.backend(backend)
@@ -143,21 +184,23 @@ def fused_sparse_ce(
     row_target = as_row_target(target, rows)
     if weight is not None:
         weight = weight.to(schema.statistics_dtype(logits.dtype)).contiguous()
-    large_k = is_large(k)
     fewer = is_fewer(k, num_classes)
-    listed = return_support or (fewer and (not large_k or link is not None))
+    samples = samples_of(normalizer, tail_samples) if fewer else None
+    large_k = is_large(k if samples is None else k + 1 + samples)
+    listed = return_support or samples is not None or (fewer and (not large_k or link is not None))
     name = backends.resolve(backend, logits.device.type, logits.dtype, listed and large_k)
     arguments: Any = (rows, row_target, weight)
     support = None
     if listed:
-        op: Any = ops.topk_ce_fwd if link is None else topk_plif_ce_fwd
-        curve = () if link is None else (link.w, link.bound)
-        loss, lse, indices, probs = op(*arguments, *curve, k, float(label_smoothing), name)[:4]
+        op: Any = ops.topk_ce_fwd
+        more: tuple[Any, ...] = (k,)
+        if link is not None:
+            op, more = topk_plif_ce_fwd, (link.w, link.bound, k)
+        if samples is not None:
+            op, more = tail.tail_ce_fwd, (uniform_of(rows, logits.dtype, samples), k, samples)
+        loss, lse, indices, probs = op(*arguments, *more, float(label_smoothing), name)[:4]
         if return_support:
-            shape = (*target.shape, k)
-            support = Support(
-                indices.view(shape), probs.view(shape), lse.view(target.shape), num_classes
-            )
+            support = support_of(target, indices, probs, lse, k, num_classes)
     elif link is not None:
         tables = link.tables(logits.dtype, name)
         loss = ops.plif_ce_fwd(*arguments, *tables, link.bound, float(label_smoothing), name)[0]

@@ -20,7 +20,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends, checks, functional, ops, schema
+from . import backends, checks, functional, ops, schema, tail
 from .support import Support
 
 # Of the buffer for the logits of a chunk of tokens. On two cores products of fewer tokens than fill
@@ -68,7 +68,7 @@ def _logits(
 
 
 def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Both regimes: topk_ce or threshold_ce of each chunk, its outputs side by side."""
+    """Both regimes: topk_ce, tail_ce or threshold_ce of each chunk, its outputs side by side."""
 
     def forward(
         hidden: Tensor,
@@ -80,21 +80,31 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
         label_smoothing: float,
         dtype: torch.dtype,
         chunk_rows: int,
-        *rest: Any,  # how backward goes, which is nothing to forward, and the backend
+        *rest: Any,  # in the list regime uniform, samples and how backward goes; the backend
     ) -> tuple[Tensor, ...]:
         backend = rest[-1]
-        forward_of_chunk: Any = backends.implementation(backend, f"{regime}_ce_fwd")
-        options = (k, label_smoothing) if regime == "topk" else (k, 1.0, label_smoothing)
+        op: Any = backends.implementation(backend, f"{regime}_ce_fwd")
+
+        def of_chunk(logits: Tensor, part: slice) -> Any:
+            arguments = (logits, target[part], class_weight)
+            if regime == "threshold":
+                return op(*arguments, k, 1.0, label_smoothing)
+            uniform, samples, *_ = rest
+            if samples is None:
+                return op(*arguments, k, label_smoothing)
+            drawn = None if uniform is None else uniform[part]
+            return tail.forward(*arguments, drawn, k, samples, label_smoothing, backend)
+
         found = []
         # an empty batch has a chunk too, for the shapes
         for part, logits in _logits(
             hidden.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype),
             chunk_rows, backend,
         ):  # fmt: skip
-            found.append(forward_of_chunk(logits, target[part], class_weight, *options))
+            found.append(of_chunk(logits, part))
         if not found:
             empty = hidden.new_empty((0, weight.shape[0]), dtype=dtype)
-            found.append(forward_of_chunk(empty, target, class_weight, *options))
+            found.append(of_chunk(empty, slice(0, 0)))
         if len(found) == 1:
             return tuple(found[0])
         return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
@@ -160,6 +170,7 @@ def _topk_backward(
     indices: Tensor,
     probs: Tensor,
     class_weight: Tensor | None,
+    k: int,
     label_smoothing: float,
     dtype: torch.dtype,
     chunk_rows: int,
@@ -168,21 +179,27 @@ def _topk_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_classes = weight.shape[0]
+    of_all = indices.shape[-1] > k  # the softmax, by a list of tail.py
+    if sparse or of_all:
+        g, classes = ops.coefficients(
+            dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
+            num_classes, k,
+        )  # fmt: skip
     if not sparse:
         bwd: Any = backends.implementation(backend, "topk_ce_bwd")
 
-        def chunks() -> Iterator[tuple[slice, Tensor]]:
-            for part in _parts(hidden.shape[0], chunk_rows):
-                a, b, q = (d if d is None else d[part] for d in (dloss, dlse, dprobs))
-                yield part, bwd(
-                    a, b, q, target[part], indices[part], probs[part], class_weight,
-                    label_smoothing, num_classes, dtype,
-                )  # fmt: skip
+        def of_chunk(part: slice) -> Tensor:
+            if of_all:
+                return tail.placed(g[part], classes[part], k, num_classes, dtype, backend)
+            a, b, q = (d if d is None else d[part] for d in (dloss, dlse, dprobs))
+            dlogits: Tensor = bwd(
+                a, b, q, target[part], indices[part], probs[part], class_weight,
+                label_smoothing, num_classes, dtype,
+            )  # fmt: skip
+            return dlogits
 
-        return _gradients(hidden, weight, _idle(dloss, dlse, dprobs), dtype, needed, chunks())
-    g, classes = ops.coefficients(
-        dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing, num_classes
-    )
+        chunks = ((part, of_chunk(part)) for part in _parts(hidden.shape[0], chunk_rows))
+        return _gradients(hidden, weight, _idle(dloss, dlse, dprobs), dtype, needed, chunks)
     dhidden, dweight, dbias = _empty(hidden, weight, [False] * 3)
     if needed[0]:
         gather: Any = backends.implementation(backend, "sparse_linear_dhidden")
@@ -249,10 +266,12 @@ threshold_linear_ce_bwd = torch.ops.sparse_ce.threshold_linear_ce_bwd.default
 
 @torch.library.register_fake("sparse_ce::topk_linear_ce_fwd")
 def _(hidden, weight, bias, target, class_weight, k, label_smoothing, dtype, *rest):  # type: ignore[no-untyped-def]
+    _, _, samples, _, _ = rest
+    listed = k if samples is None else k + 1 + samples
     rows, statistics = hidden.shape[0], schema.statistics_dtype(dtype)
     loss, lse = (hidden.new_empty(rows, dtype=statistics) for _ in range(2))
-    indices = hidden.new_empty((rows, k), dtype=torch.int32)
-    return loss, lse, indices, hidden.new_empty((rows, k), dtype=statistics)
+    indices = hidden.new_empty((rows, listed), dtype=torch.int32)
+    return loss, lse, indices, hidden.new_empty((rows, listed), dtype=statistics)
 
 
 @torch.library.register_fake("sparse_ce::threshold_linear_ce_fwd")
@@ -277,7 +296,9 @@ def _given(gradients: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | N
 
 
 def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, target, class_weight, _, *ctx.options = inputs
+    hidden, weight, _, target, class_weight, k, label_smoothing, dtype, chunk_rows, *rest = inputs
+    _, _, sparse, ctx.backend = rest
+    ctx.options = (k, label_smoothing, dtype, chunk_rows, sparse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, target, *output[2:], class_weight)
 
@@ -286,15 +307,12 @@ def _topk_autograd(
     ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dloss is None and dlse is None and dprobs is None:
-        return (None,) * 11
+        return (None,) * 13
     needed = list(ctx.needs_input_grad[:3])
-    hidden, weight, target, indices, probs, class_weight = ctx.saved_tensors
-    label_smoothing, dtype, chunk_rows, sparse, backend = ctx.options
     gradients = topk_linear_ce_bwd(
-        dloss, dlse, dprobs, hidden, weight, target, indices, probs, class_weight,
-        label_smoothing, dtype, chunk_rows, sparse, needed, backend,
-    )  # fmt: skip
-    return (*_given(gradients, needed), *(None,) * 8)
+        dloss, dlse, dprobs, *ctx.saved_tensors, *ctx.options, needed, ctx.backend
+    )
+    return (*_given(gradients, needed), *(None,) * 10)
 
 
 def _threshold_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -359,24 +377,23 @@ class _RowSparse(torch.autograd.Function):
         ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, target, indices, probs, class_weight = ctx.saved_tensors
-        label_smoothing, dtype, chunk_rows, _, backend = ctx.options
+        k, label_smoothing, *_ = ctx.options
         needed = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
         gradients = topk_linear_ce_bwd(
-            dloss, dlse, dprobs, hidden, weight, target, indices, probs, class_weight,
-            label_smoothing, dtype, chunk_rows, True, needed, backend,
-        )  # fmt: skip
+            dloss, dlse, dprobs, *ctx.saved_tensors, *ctx.options, needed, ctx.backend
+        )
         found = _given(gradients, needed)
         if ctx.needs_input_grad[1]:
             g, classes = ops.coefficients(
                 dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
-                weight.shape[0],
+                weight.shape[0], k,
             )  # fmt: skip
             # what has no gradient touches nothing: it goes to a row beyond the last, left out below
             touched, places = torch.unique(
                 classes.masked_fill(g == 0, weight.shape[0]), return_inverse=True
             )
             rows = ops.sparse_linear_dweight(
-                g, places.int(), hidden, touched.shape[0], weight.dtype, backend
+                g, places.int(), hidden, touched.shape[0], weight.dtype, ctx.backend
             )
             touched = touched[touched < weight.shape[0]]
             rows = rows[: touched.shape[0]]
@@ -385,7 +402,7 @@ class _RowSparse(torch.autograd.Function):
                 check_invariants=False,
             )  # fmt: skip
         apply: Any = _FirstDerivative.apply
-        return (*apply(hidden, weight, *found), *(None,) * 8)
+        return (*apply(hidden, weight, *found), *(None,) * 10)
 
 
 @overload
@@ -399,6 +416,8 @@ def fused_linear_sparse_ce(
     class_weight: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
     reduction: str = ...,
     return_support: Literal[False] = ...,
     weight_grad: str = ...,
@@ -417,6 +436,8 @@ def fused_linear_sparse_ce(
     class_weight: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
     reduction: str = ...,
     return_support: Literal[True],
     weight_grad: str = ...,
@@ -434,6 +455,8 @@ def fused_linear_sparse_ce(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    normalizer: str = "topk",
+    tail_samples: int = 0,
     reduction: str = "mean",
     return_support: bool = False,
     weight_grad: str = "dense",
@@ -461,7 +484,8 @@ def fused_linear_sparse_ce(
         k: how many classes to keep; None or ``k >= V``: all of them, the dense softmax.
         bias: (V,) or None.
         class_weight: (V,) weight of each class: ``weight`` of ``fused_sparse_ce``.
-        ignore_index, label_smoothing, reduction, return_support, backend: as there.
+        ignore_index, label_smoothing, normalizer, tail_samples, reduction, return_support, backend:
+            as there.
         weight_grad: "dense", or "row_sparse": a sparse COO tensor of the rows that the batch
             touched, for ``torch.optim.SparseAdam`` and very large V. Not under torch.compile.
         backward: "sparse" sums rows, "dense" multiplies matrices chunk by chunk, "auto" takes the
@@ -485,6 +509,8 @@ def fused_linear_sparse_ce(
     checks.class_weight(class_weight, weight)
     checks.ignore_index(ignore_index)
     checks.label_smoothing(label_smoothing)
+    checks.normalizer(normalizer)
+    checks.tail_samples(tail_samples, normalizer)
     checks.reduction(reduction)
     checks.return_support(return_support)
     checks.weight_grad(weight_grad)
@@ -501,8 +527,10 @@ def fused_linear_sparse_ce(
     row_target = target.reshape(-1).to(torch.int64).contiguous()
     if class_weight is not None:
         class_weight = class_weight.to(schema.statistics_dtype(dtype)).contiguous()
-    large_k = functional.is_large(k)
-    listed = return_support or (not large_k and functional.is_fewer(k, num_classes))
+    fewer = functional.is_fewer(k, num_classes)
+    samples = functional.samples_of(normalizer, tail_samples) if fewer else None
+    large_k = functional.is_large(k if samples is None else k + 1 + samples)
+    listed = return_support or samples is not None or (not large_k and fewer)
     name = backends.resolve(backend, device, dtype, listed and large_k)
     if weight_grad == "row_sparse" and torch.compiler.is_compiling():
         raise ValueError("weight_grad: expected 'dense' under torch.compile, got 'row_sparse'")
@@ -513,7 +541,7 @@ def fused_linear_sparse_ce(
         )
     sparse = backward == "sparse" or weight_grad == "row_sparse"
     if backward == "auto" and not sparse:
-        sparse = is_sparse(k, num_classes, device, dtype)
+        sparse = is_sparse(k + (samples or 0), num_classes, device, dtype)
 
     # on a GPU, and in a compiled graph, to count the ignored rows is to wait for them
     kept = None
@@ -534,12 +562,10 @@ def fused_linear_sparse_ce(
     support = None
     if listed:
         op: Any = _RowSparse.apply if weight_grad == "row_sparse" else topk_linear_ce_fwd
-        loss, lse, indices, probs = op(*arguments, sparse, name)
-        shape = (*target.shape, k)
+        uniform = functional.uniform_of(rows, dtype, samples)
+        loss, lse, indices, probs = op(*arguments, uniform, samples, sparse, name)
         if return_support:
-            support = Support(
-                indices.view(shape), probs.view(shape), lse.view(target.shape), num_classes
-            )
+            support = functional.support_of(target, indices, probs, lse, k, num_classes)
     else:
         loss = threshold_linear_ce_fwd(*arguments, name)[0]
     if kept is not None and reduction == "none":

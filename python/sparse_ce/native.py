@@ -22,6 +22,7 @@ sparse_linear_dhidden = torch.ops.sparse_ce_native.sparse_linear_dhidden.default
 sparse_linear_dweight = torch.ops.sparse_ce_native.sparse_linear_dweight.default
 threshold_ce_fwd = torch.ops.sparse_ce_native.threshold_ce_fwd.default
 threshold_ce_bwd = torch.ops.sparse_ce_native.threshold_ce_bwd.default
+tail_fwd = torch.ops.sparse_ce_native.tail_fwd.default
 labels_ce_fwd = torch.ops.sparse_ce_native.labels_ce_fwd.default
 labels_ce_bwd = torch.ops.sparse_ce_native.labels_ce_bwd.default
 reduce_fwd = torch.ops.sparse_ce_native.reduce_fwd.default

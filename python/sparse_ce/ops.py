@@ -95,6 +95,7 @@ def _refuse_tangents(inputs: Sequence[Any]) -> None:
             )
 
 
+tail_fwd = torch.ops.sparse_ce.tail_fwd.default
 topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
 threshold_ce_fwd = torch.ops.sparse_ce.threshold_ce_fwd.default
@@ -232,9 +233,10 @@ def coefficients(
     class_weight: Tensor | None,
     label_smoothing: float,
     num_classes: int,
+    k: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the logits of topk_ce as pairs: coefficients (N, k + 1), classes (N, k + 1)
-    int32.
+    int32. Lists of tail.py are longer than k.
 
     The last pair is the target's, which may stand among the others as well: they add up.
     """
@@ -248,15 +250,16 @@ def coefficients(
         at_target = a * (1 - label_smoothing) * (1 if class_weight is None else class_weight[y])
         share = share + at_target
         if label_smoothing:
-            w = torch.ones_like(probs) if class_weight is None else class_weight[indices.long()]
-            spread = (a * (label_smoothing / probs.shape[-1])).unsqueeze(-1) * w
+            kept = indices[..., :k]
+            w = torch.ones_like(kept) if class_weight is None else class_weight[kept.long()]
+            spread = (a * (label_smoothing / k)).unsqueeze(-1) * w
             share = share + spread.sum(-1)
     factor = share.unsqueeze(-1)
     if dprobs is not None:
         factor = factor + dprobs - _upstream_times(dprobs, probs).sum(-1, keepdim=True)
     g = _upstream_times(factor, probs)
     if spread is not None:
-        g = g - spread
+        g = g - torch.nn.functional.pad(spread, (0, g.shape[-1] - k))
     pairs = torch.cat([g, -at_target.unsqueeze(-1)], -1)
     return pairs, torch.cat([indices, y.unsqueeze(-1).int()], -1)
 
@@ -331,6 +334,16 @@ def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, 
 
 differentiable("threshold_ce_fwd", _threshold_fwd_backward, _threshold_fwd_context)
 differentiable("threshold_ce_bwd", _threshold_bwd_backward, _threshold_bwd_context)
+
+
+# tail: of a forward whose gradient tail.py knows
+
+
+@torch.library.register_fake("sparse_ce::tail_fwd")
+def _(logits, target, indices, uniform, samples, backend):  # type: ignore[no-untyped-def]
+    rows, dtype = logits.shape[:-1], schema.statistics_dtype(logits.dtype)
+    statistics = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    return (*statistics, logits.new_empty((*rows, samples), dtype=torch.int32))
 
 
 # labels_ce

@@ -25,10 +25,11 @@ def sparse_ce(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    normalizer: str = "topk",
     reduction: str = "mean",
 ) -> Tensor:
     """Loss of (N, V) logits and (N,) targets in float64; differentiable. Source: Sun et al., arXiv
-    2112.12433, eq. 5.
+    2112.12433, eq. 5. With the normalizer "full" the gradient is the whole one of that loss.
     """
     z = logits.double()
     rows, num_classes = z.shape
@@ -41,8 +42,9 @@ def sparse_ce(
             continue
         w = torch.ones(num_classes, dtype=torch.float64) if weight is None else weight.double()
         kept = z[n, index[n]]
+        summed = kept if normalizer == "topk" else z[n]
         row_max = kept[0].detach()
-        log_sum = (kept - row_max).exp().sum().log()
+        log_sum = (summed - row_max).exp().sum().log()
         nll = w[y] * (log_sum - (z[n, y] - row_max))
         if label_smoothing:
             spread = (w[index[n]] * (log_sum - (kept - row_max))).sum() / k

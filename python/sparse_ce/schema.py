@@ -13,7 +13,7 @@ topk_ce, the list regime
          ->  loss (N), lse (N), indices (N, k) int32 sorted by (value desc, index asc), probs (N, k)
     bwd  the gradients of loss, lse and probs, each of which may be None (that is zero),
          and what forward got and returned
-         ->  dlogits (N, V) in `dtype`
+         ->  dlogits (N, V) in `dtype`. A class may be listed twice, where that comes to the same.
 
 threshold_ce, the threshold regime: the same loss where many classes are kept, with O(N) saved
     fwd  as above, with `delta`. k < V keeps the k largest. delta < 1, of a row whose target has a
@@ -25,6 +25,21 @@ threshold_ce, the threshold regime: the same loss where many classes are kept, w
     bwd  reads the logits again
          ->  dlogits (N, V) in the dtype of the logits; of the loss of a row that keeps its target
              alone exact zeros
+
+tail, what is outside of a list: the classes other than the k largest and the target
+    fwd  logits (N, V), any strides with unit stride in V; target (N) int64 contiguous, a hit or
+         not; indices (N, k) int32, the k largest of topk_ce, k < V; uniform (N) in [0, 1), in the
+         dtype of the statistics, or None
+         ->  row_max (N), log_sum (N) = lse - row_max, of all V classes;
+             mass (N), the probability of the tail, and 0 without `uniform`;
+             draws (N, samples) int32, from the tail in proportion to p, by systematic sampling.
+         In integers, so that no order of additions matters: class i has
+         q_i = floor(2^52 min(p_i, 1)), 0 outside of the tail, with p_i = exp(z_i - row_max -
+         log_sum); C_i is the sum of q up to and with class i, Q that of all,
+         stride = floor(Q / samples). Draw j is the first class with
+         C_i > floor(uniform stride) + j stride, the product in float64: draws ascend, and a class
+         may be drawn several times. mass is Q / 2^52. Where stride is 0 draws are -1 and mass is 0;
+         where log_sum is not finite draws are -1 and mass is NaN.
 
 labels_ce, several labels per row: a threshold on either side of them
     fwd  logits (N, V), any strides with unit stride in V; labels (N, V) bool contiguous, true of
@@ -150,6 +165,10 @@ SIGNATURES = {
         "float label_smoothing",
         "Tensor",
     ),
+    "tail_fwd": (
+        "Tensor logits, Tensor target, Tensor indices, Tensor? uniform, SymInt samples",
+        "(Tensor row_max, Tensor log_sum, Tensor mass, Tensor draws)",
+    ),
     "labels_ce_fwd": (
         "Tensor logits, Tensor labels, float delta",
         "(Tensor loss, Tensor negative, Tensor positive, Tensor cut_negative, Tensor cut_positive)",
@@ -228,12 +247,23 @@ SIGNATURES = {
 }
 
 # Compositions of the operators above, the same on every backend; implemented in linear.py, and in
-# plif.py those of plif.
+# tail.py and plif.py those of tail and plif. `uniform` and `samples`, where they are given, are
+# those of tail: the softmax is that of all classes, and the lists of k are longer, as tail.py says.
 _LINEAR = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, SymInt k, "
     "float label_smoothing, ScalarType dtype, SymInt chunk_rows"
 )
 COMPOSITIONS = {
+    "tail_ce_fwd": (
+        "Tensor logits, Tensor target, Tensor? weight, Tensor? uniform, SymInt k, SymInt samples, "
+        "float label_smoothing",
+        "(Tensor loss, Tensor lse, Tensor classes, Tensor probs)",
+    ),
+    "tail_ce_bwd": (
+        "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor target, Tensor classes, Tensor probs, "
+        "Tensor? weight, SymInt k, float label_smoothing, SymInt num_classes, ScalarType dtype",
+        "Tensor",
+    ),
     "topk_plif_ce_fwd": (
         "Tensor logits, Tensor target, Tensor? weight, Tensor w, float bound, SymInt k, "
         "float label_smoothing",
@@ -246,12 +276,12 @@ COMPOSITIONS = {
         "(Tensor dlogits, Tensor dw)",
     ),
     "topk_linear_ce_fwd": (
-        f"{_LINEAR}, bool sparse",
+        f"{_LINEAR}, Tensor? uniform, SymInt? samples, bool sparse",
         "(Tensor loss, Tensor lse, Tensor indices, Tensor probs)",
     ),
     "topk_linear_ce_bwd": (
         "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor hidden, Tensor weight, Tensor target, "
-        "Tensor indices, Tensor probs, Tensor? class_weight, float label_smoothing, "
+        "Tensor indices, Tensor probs, Tensor? class_weight, SymInt k, float label_smoothing, "
         "ScalarType dtype, SymInt chunk_rows, bool sparse, bool[3] needed",
         "(Tensor dhidden, Tensor dweight, Tensor dbias)",
     ),

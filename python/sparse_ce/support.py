@@ -12,10 +12,11 @@ class Support(NamedTuple):
     """The k classes that each row kept. N stands for the shape of target.
 
     ``indices`` (N, k) int32, sorted by (logit descending, index ascending); ``probs`` (N, k), their
-    softmax over the support, and ``lse`` (N), the log-sum-exp of their logits: float32, or float64
-    for float64 logits. ``probs`` and ``lse`` are differentiable (their gradient has k non-zeros per
-    row), so a z-loss, ``1e-4 * support.lse.square().mean()``, or an entropy bonus composes outside.
-    Rows of ``ignore_index`` are not blanked out here: mask them.
+    softmax over the support, and ``lse`` (N), the log-sum-exp of their logits, with
+    normalizer="full" the softmax and log-sum-exp of all classes: float32, or float64 for float64
+    logits. ``probs`` and ``lse`` are differentiable (their gradient has k non-zeros per row, with
+    normalizer="full" those of the loss), so a z-loss, ``1e-4 * support.lse.square().mean()``, or an
+    entropy bonus composes outside. Rows of ``ignore_index`` are not blanked out here: mask them.
     """
 
     indices: Tensor
@@ -41,6 +42,12 @@ class Support(NamedTuple):
         """(N): entropy of ``probs`` in nats, differentiable."""
         smallest = torch.finfo(self.probs.dtype).tiny
         return -(self.probs * self.probs.clamp(min=smallest).log()).sum(-1)
+
+    def tail_mass(self) -> Tensor:
+        """(N): the probability outside of the support, differentiable: of normalizer="full", 0
+        otherwise. What it has beside the target is missing in the gradient without tail_samples.
+        """
+        return 1 - self.probs.sum(-1)
 
     def to_sparse_csr(self) -> Tensor:
         """The probabilities as a sparse CSR tensor (rows, V) with exactly k entries per row,

@@ -1,0 +1,154 @@
+"""The dense loss with a sparse gradient: `normalizer="full"`.
+
+The softmax is that of all classes. Of its gradient are kept the k largest and the target, in the
+support Omega or beside it; the rest, the tail, has the probability T. With a = dloss, b = dlse,
+q = dprobs, e = label smoothing, w the class weights, sums over Omega:
+
+    A         = (1 - e) w_y + (e / k) sum w_i
+    dlogits_i = p_i (a A + b - sum_j p_j q_j + [i in Omega] q_i) - [i in Omega] a (e / k) w_i
+    dlogits_y -= a (1 - e) w_y
+
+of Omega and y, and nothing of the tail: then it is short of what T has. `samples` classes drawn
+from the tail in proportion to p stand for it, each with T / samples for p_i; the expectation is the
+gradient of the dense loss, exactly. A list of k + 1 + samples classes says all that backward needs:
+Omega, y (or the first of Omega once more, where y is there or is no hit) and the draws.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, schema
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    uniform: Tensor | None,
+    k: int,
+    samples: int,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    topk: Any = backends.implementation(backend, "topk_ce_fwd")
+    tail: Any = backends.implementation(backend, "tail_fwd")
+    indices = topk(logits, target, None, k, 0.0)[2]
+    row_max, log_sum, mass, draws = tail(logits, target, indices, uniform, samples)
+    num_classes, index = logits.shape[-1], indices.long()
+    hit = (target >= 0) & (target < num_classes)
+    y = target.clamp(0, num_classes - 1).unsqueeze(-1)
+    z = logits.gather(-1, torch.cat([index, y], -1)).to(log_sum.dtype)
+    # the maximum leaves both terms before they meet
+    nll = log_sum.unsqueeze(-1) - (z - row_max.unsqueeze(-1))
+    loss = nll[..., -1] if weight is None else nll[..., -1] * weight[y.squeeze(-1)]
+    if label_smoothing:
+        spread = nll[..., :-1] if weight is None else nll[..., :-1] * weight[index]
+        loss = (1 - label_smoothing) * loss + label_smoothing / k * spread.sum(-1)
+    p = (-nll).exp()
+    beside = hit & ~(indices == y).any(-1)
+    own = torch.where(beside, y.squeeze(-1), index[..., 0]).int().unsqueeze(-1)
+    drawn = draws >= 0
+    share = torch.where(drawn, (mass / max(samples, 1)).unsqueeze(-1), 0)
+    return (
+        loss.masked_fill(~hit, torch.nan),
+        row_max + log_sum,
+        torch.cat([indices, own, torch.where(drawn, draws, own)], -1),
+        torch.cat([p[..., :-1], torch.where(beside, p[..., -1], 0).unsqueeze(-1), share], -1),
+    )
+
+
+def placed(
+    pairs: Tensor, classes: Tensor, k: int, num_classes: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """(N, V), zero elsewhere, of the pairs of ops.coefficients, of which the last is the target's.
+
+    What writes k numbers of a row writes these: a class that is listed twice has its sum in either
+    place.
+    """
+    g, at_target, listed, y = pairs[..., :-1], pairs[..., -1:], classes[..., :-1], classes[..., -1:]
+    g = torch.where(listed == y, g + at_target, g)
+    support, own, drawn = g[..., :k], g[..., k : k + 1], g[..., k + 1 :]
+    own_class, draws = listed[..., k : k + 1], listed[..., k + 1 :].contiguous()
+    own = torch.where(own_class == listed[..., :1], support[..., :1], own)
+    times = torch.searchsorted(draws, draws, right=True) - torch.searchsorted(draws, draws)
+    drawn = torch.where(draws == own_class, own, drawn * times)
+    g = torch.cat([support, own, drawn], -1)
+    nowhere = torch.full_like(classes[..., 0], -1, dtype=torch.int64)
+    place: Any = backends.implementation(backend, "topk_ce_bwd")
+    ones = torch.ones_like(g[..., 0])
+    dlogits: Tensor = place(
+        None, ones, None, nowhere, listed.contiguous(), g, None, 0.0, num_classes, dtype
+    )
+    return dlogits
+
+
+def _backward(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dprobs: Tensor | None,
+    target: Tensor,
+    classes: Tensor,
+    probs: Tensor,
+    weight: Tensor | None,
+    k: int,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    pairs = ops.coefficients(
+        dloss, dlse, dprobs, target, classes, probs, weight, label_smoothing, num_classes, k
+    )
+    return placed(*pairs, k, num_classes, dtype, backend)
+
+
+torch.library.impl("sparse_ce::tail_ce_fwd", "CompositeExplicitAutograd")(forward)
+torch.library.impl("sparse_ce::tail_ce_bwd", "CompositeExplicitAutograd")(_backward)
+tail_ce_fwd = torch.ops.sparse_ce.tail_ce_fwd.default
+tail_ce_bwd = torch.ops.sparse_ce.tail_ce_bwd.default
+
+
+@torch.library.register_fake("sparse_ce::tail_ce_fwd")
+def _(logits, target, weight, uniform, k, samples, label_smoothing, backend):  # type: ignore[no-untyped-def]
+    rows, dtype = logits.shape[:-1], schema.statistics_dtype(logits.dtype)
+    loss, lse = (logits.new_empty(rows, dtype=dtype) for _ in range(2))
+    listed = (*rows, k + 1 + samples)
+    return loss, lse, logits.new_empty(listed, dtype=torch.int32), loss.new_empty(listed)
+
+
+@torch.library.register_fake("sparse_ce::tail_ce_bwd")
+def _(dloss, dlse, dprobs, target, classes, probs, weight, k, smoothing, num_classes, dtype, _):  # type: ignore[no-untyped-def]
+    return probs.new_empty((*probs.shape[:-1], num_classes), dtype=dtype)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, _, *ctx.options = inputs
+    ctx.num_classes, ctx.dtype = logits.shape[-1], logits.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(target, *output[2:], weight)
+
+
+def _autograd(
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None and dlse is None and dprobs is None:
+        return (None,) * 8
+    k, _, label_smoothing, backend = ctx.options
+    dlogits = tail_ce_bwd(
+        dloss, dlse, dprobs, *ctx.saved_tensors, k, label_smoothing, ctx.num_classes, ctx.dtype,
+        backend,
+    )  # fmt: skip
+    return (dlogits, *(None,) * 7)
+
+
+def _no_second_derivative(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "fused_sparse_ce: expected a first derivative only with normalizer='full' and k < V, got a "
+        "backward of its backward"
+    )
+
+
+ops.differentiable("tail_ce_fwd", _autograd, _context)
+ops.differentiable("tail_ce_bwd", _no_second_derivative)
