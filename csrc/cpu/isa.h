@@ -6,6 +6,7 @@
 #include "labels_ce.h"
 #include "plif.h"
 #include "sparse_linear.h"
+#include "tail.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
 
@@ -18,6 +19,7 @@ struct Isa {
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*threshold_forward)(const ThresholdForward&, int64_t begin, int64_t end);
   void (*threshold_backward)(const ThresholdBackward&, int64_t begin, int64_t end);
+  void (*tail)(const Tail&, int64_t begin, int64_t end);
   void (*labels_forward)(const LabelsForward&, int64_t begin, int64_t end);
   void (*labels_backward)(const LabelsBackward&, int64_t begin, int64_t end);
   void (*plif_slopes)(const PlifSlopes&, int64_t begin, int64_t end);  // cells

@@ -126,6 +126,7 @@ template <> struct Vector<int64_t> : Vector256 {
 #include "labels_ce_rows.inl"
 #include "plif_rows.inl"
 #include "sparse_linear_rows.inl"
+#include "tail_rows.inl"
 #include "threshold_ce_rows.inl"
 #include "topk_ce_rows.inl"
 
@@ -141,6 +142,7 @@ extern const Isa avx2 = {"avx2",
                          with_avx2::backward,
                          with_avx2::threshold_forward,
                          with_avx2::threshold_backward,
+                         with_avx2::tail,
                          with_avx2::labels_forward,
                          with_avx2::labels_backward,
                          with_avx2::plif_slopes,

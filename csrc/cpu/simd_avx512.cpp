@@ -198,6 +198,7 @@ template <> struct Vector<int64_t> : Vector512 {
 #include "labels_ce_rows.inl"
 #include "plif_rows.inl"
 #include "sparse_linear_rows.inl"
+#include "tail_rows.inl"
 #include "threshold_ce_rows.inl"
 #include "topk_ce_rows.inl"
 
@@ -214,6 +215,7 @@ extern const Isa avx512 = {"avx512",
                            with_avx512::backward,
                            with_avx512::threshold_forward,
                            with_avx512::threshold_backward,
+                           with_avx512::tail,
                            with_avx512::labels_forward,
                            with_avx512::labels_backward,
                            with_avx512::plif_slopes,

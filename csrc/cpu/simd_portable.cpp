@@ -83,6 +83,7 @@ template <class Key> struct Vector {
 #include "labels_ce_rows.inl"
 #include "plif_rows.inl"
 #include "sparse_linear_rows.inl"
+#include "tail_rows.inl"
 #include "threshold_ce_rows.inl"
 #include "topk_ce_rows.inl"
 
@@ -94,6 +95,7 @@ extern const Isa portable = {"portable",
                              with_portable::backward,
                              with_portable::threshold_forward,
                              with_portable::threshold_backward,
+                             with_portable::tail,
                              with_portable::labels_forward,
                              with_portable::labels_backward,
                              with_portable::plif_slopes,

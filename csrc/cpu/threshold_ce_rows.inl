@@ -86,6 +86,11 @@ template <Dtype D, class Key> std::pair<Key, int64_t> kth_class(const Key* x, in
   }
 }
 
+// Where all are kept nobody needs to know which.
+inline constexpr auto mark_all = [](const auto*, int64_t, int64_t count, int32_t*) {
+  return count;
+};
+
 // Of a block of classes: 1 for those that are kept, 0 for the others. Returns how many are.
 template <class T> int64_t mark_kept(const T* z, int64_t first, int64_t count, T cut,
                                      int64_t cut_index, int32_t* kept) {
@@ -119,10 +124,11 @@ struct Sums {
 };
 
 // One look at the row. `mark` is given a block, whose logits it may map, and says how many of its classes are kept, and which.
-template <Dtype D, class Mark> Sums sums_of(const typename Format<D>::Key* x, int64_t classes,
-                                            typename Format<D>::Statistic row_max,
-                                            const typename Format<D>::Statistic* weight,
-                                            bool smoothed, Mark mark) {
+// Where `row` is not null the exponentials go there, those of blocks that keep nothing left out.
+template <Dtype D, class Mark>
+Sums sums_of(const typename Format<D>::Key* x, int64_t classes,
+             typename Format<D>::Statistic row_max, const typename Format<D>::Statistic* weight,
+             bool smoothed, Mark mark, typename Format<D>::Statistic* row = nullptr) {
   using F = Format<D>;
   using T = typename F::Statistic;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -148,6 +154,7 @@ template <Dtype D, class Mark> Sums sums_of(const typename Format<D>::Key* x, in
     const int64_t width = width_of(count);
     for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
     for (int64_t i = 0; i < width; ++i) e[i] = exp_nonpositive(z[i]);
+    if (row) std::copy_n(e, count, row + first);
     sums.exponentials += folded(e, width, std::plus<T>());
   }
   return sums;
@@ -161,7 +168,6 @@ void threshold_forward_rows(const ThresholdForward& a, int64_t begin, int64_t en
   const int64_t classes = a.logits.classes;
   const T* weight = static_cast<const T*>(a.weight);
   const bool smoothed = a.label_smoothing != 0;
-  const auto all = [](const T*, int64_t, int64_t count, int32_t*) { return count; };
   std::vector<Key> keys;
   for (int64_t n = begin; n < end; ++n) {
     const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
@@ -182,7 +188,7 @@ void threshold_forward_rows(const ThresholdForward& a, int64_t begin, int64_t en
             return mark_kept(z, first, count, cut, cut_index, kept);
           });
     } else {
-      sums = sums_of<D>(x, classes, row_max, weight, smoothed, all);
+      sums = sums_of<D>(x, classes, row_max, weight, smoothed, mark_all);
     }
     const double log_all = std::log(sums.exponentials);
     const double rest = std::exp(z_y - log_all) - a.delta;

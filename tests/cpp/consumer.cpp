@@ -137,6 +137,62 @@ template <class T> int check_threshold(const cpu::Isa& isa, int64_t classes, int
   return wrong != 0;
 }
 
+// Draws against cumulative sums of the softmax in double, up to its error in T.
+template <class T> int check_tail(const cpu::Isa& isa, int64_t classes, int64_t k, int kind) {
+  constexpr bool is_double = sizeof(T) == 8;
+  constexpr int64_t samples = 7;
+  // rounding down takes up to 2^-52 per class
+  const double slack = is_double ? 1e-11 : 4e-6;
+  std::mt19937 random(static_cast<unsigned>(classes * 29 + k * 3 + kind));
+  const std::unique_ptr<T[]> logits(new T[classes]);
+  for (int64_t i = 0; i < classes; ++i) logits[i] = static_cast<T>(value(random, kind));
+  const int64_t target = static_cast<int64_t>(random() % static_cast<unsigned>(classes + 1));
+  const T uniform = static_cast<T>(static_cast<double>(random() % 1024) / 1024);
+  const std::vector<double> row(logits.get(), logits.get() + classes);
+  const auto order = order_of(row);
+  const std::unique_ptr<int32_t[]> indices(new int32_t[k]), draws(new int32_t[samples]);
+  std::copy_n(order.begin(), k, indices.get());
+  T row_max, log_sum, mass;
+  isa.tail({{logits.get(), is_double ? cpu::Dtype::f64 : cpu::Dtype::f32, classes, 1, 0, classes},
+            &target,
+            indices.get(),
+            k,
+            &uniform,
+            samples,
+            &row_max,
+            &log_sum,
+            &mass,
+            draws.get()},
+           0, 1);
+  double sum = 0;
+  for (const double z : row) sum += std::exp(z - row[order[0]]);
+  std::vector<double> p(classes, 0.0), after(classes);
+  for (int64_t i = k; i < classes; ++i) {
+    const int32_t c = order[i];
+    if (c != target) p[c] = std::exp(row[c] - row[order[0]]) / sum;
+  }
+  std::partial_sum(p.begin(), p.end(), after.begin());
+  const double in_tail = after.back();
+  const bool drawn = in_tail > samples * 0x1p-52;
+  int wrong = !close(log_sum, std::log(sum), slack) + !close(mass, in_tail, slack);
+  for (int64_t j = 0; j < samples; ++j) {
+    const int32_t c = draws[j];
+    if (!drawn || c < 0 || c >= classes) {
+      wrong += drawn || c != -1;
+      continue;
+    }
+    const double place =
+        (static_cast<double>(uniform) + static_cast<double>(j)) * in_tail / samples;
+    wrong += p[c] == 0 || (j > 0 && draws[j - 1] > c);
+    wrong += after[c] - p[c] > place + slack || place > after[c] + slack;
+  }
+  if (wrong)
+    std::printf("%s tail %s: classes %ld, k %ld, kind %d: %d differences\n", isa.name,
+                is_double ? "f64" : "f32", static_cast<long>(classes), static_cast<long>(k), kind,
+                wrong);
+  return wrong != 0;
+}
+
 int check_weighted_rows(const cpu::Isa& isa, int64_t width, int64_t count) {
   std::mt19937 random(static_cast<unsigned>(width * 3 + count));
   std::normal_distribution<float> normal;
@@ -224,6 +280,10 @@ int main() {
           failures += check_threshold<float>(*isa, classes, k, kind) +
                       check_threshold<double>(*isa, classes, k, kind);
           cases += 4;
+          if (k == classes) continue;
+          failures += check_tail<float>(*isa, classes, k, kind) +
+                      check_tail<double>(*isa, classes, k, kind);
+          cases += 2;
         }
     for (int64_t width : {1, 3, 16, 33, 100})
       for (int64_t count : {0, 1, 3, 4, 9, 300}) {
