@@ -20,7 +20,10 @@ import sass
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 RESOURCES = Path(__file__).with_name("cuda_resources.json")
-STEMS = ("topk_ce", "threshold_ce", "labels_ce", "sparse_linear", "cosine", "plif", "reduce")
+STEMS = (
+    *("topk_ce", "threshold_ce", "tail", "labels_ce", "sparse_linear", "cosine", "plif"),
+    "reduce",
+)
 DTYPES = {stem: ("bf16", "f16", "f32", "f64") for stem in STEMS}
 DTYPES["reduce"] = ("f32", "f64")  # it meets losses alone
 FILES = [f"{stem}_{dtype}" for stem in STEMS for dtype in DTYPES[stem]]
@@ -90,6 +93,7 @@ def streamed(kernel: str) -> tuple[str, ...] | None:
         "backward": (store,),
         "threshold_forward": (load,),
         "threshold_backward": (load, store),
+        "tail_forward": (load,),
         "labels_forward": (load,),
         "labels_backward": (load, store),
         "plif_ce_forward": (load,),

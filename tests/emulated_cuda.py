@@ -68,6 +68,18 @@ class ThresholdBackward(ctypes.Structure):
     ]
 
 
+class Tail(ctypes.Structure):
+    _fields_ = [
+        ("logits", Rows),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("target", "indices")),
+        ("k", ctypes.c_int64),
+        ("uniform", ctypes.c_void_p),
+        ("samples", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("row_max", "log_sum", "mass", "draws")),
+    ]
+
+
 class LabelsForward(ctypes.Structure):
     _fields_ = [
         ("logits", Rows),
@@ -276,6 +288,7 @@ _LAUNCHES = {
     Backward: "topk_ce_backward",
     ThresholdForward: "threshold_ce_forward",
     ThresholdBackward: "threshold_ce_backward",
+    Tail: "tail_forward",
     LabelsForward: "labels_ce_forward",
     LabelsBackward: "labels_ce_backward",
     Gather: "sparse_linear_gather",
@@ -453,6 +466,25 @@ def threshold_ce_bwd(
     )  # fmt: skip
     outputs.check()
     return dlogits
+
+
+def tail_fwd(
+    logits: Tensor, target: Tensor, indices: Tensor, uniform: Tensor | None, samples: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    leading, outputs = tuple(logits.shape[:-1]), _Outputs()
+    row_max, log_sum, mass = (
+        outputs.new(leading, schema.statistics_dtype(logits.dtype)) for _ in range(3)
+    )
+    draws = outputs.new((*leading, samples), torch.int32)
+    run(
+        Tail(
+            _rows(logits), _DTYPES.index(logits.dtype), *map(_pointer, (target, indices)),
+            indices.shape[-1], _pointer(uniform), samples,
+            *map(_pointer, (row_max, log_sum, mass, draws)),
+        )
+    )  # fmt: skip
+    outputs.check()
+    return row_max, log_sum, mass, draws
 
 
 def labels_ce_fwd(logits: Tensor, labels: Tensor, delta: float) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ STATIC_SHARED, RESERVED = 48 << 10, 1 << 10
 KERNELS = {
     "topk_ce": 7,
     "threshold_ce": 3,
+    "tail": 1,
     "labels_ce": 2,
     "sparse_linear": 3,
     "cosine": 2,

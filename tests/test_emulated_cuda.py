@@ -14,6 +14,7 @@ if not subjects.EMULATING:
 
 import emulated_cuda  # noqa: E402
 from sparse_ce import eager  # noqa: E402
+from test_tail import assert_draws, listed  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
 
@@ -112,6 +113,62 @@ def test_chosen_kernels_of_labels_ce(dtype, classes, threads):
     emulated_cuda.labels_ce_bwd(torch.ones(3).to(outputs[0].dtype), logits, labels, *outputs[1:])
     found = [re.search(r", (\d+)>", name)[1] for name in emulated_cuda.launched()]
     assert found == [str(threads)] * 2
+
+
+@pytest.mark.parametrize(
+    "classes, threads",
+    # from 65536 on, 1024 segments of one step, there are segments of two
+    [(4, 32), (1024, 32), (1025, 256), (65_536, 256), (65_537, 256)],
+)
+@pytest.mark.parametrize("begin", [0, 1])
+def test_chosen_kernels_of_tail(classes, threads, begin):
+    """Of equal logits all q are equal, and their sum is exact in float64: every draw is known."""
+    k, samples, left_out = 2, 1500, 3
+    logits = torch.zeros(2, classes + begin).double()[:, begin:]
+    target, indices = torch.tensor([-1, left_out]), torch.arange(k).int().repeat(2, 1)
+    uniform = torch.tensor([0, 1 - 2.0**-53]).double()
+    emulated_cuda.launched()
+    _, _, mass, draws = emulated_cuda.tail_fwd(logits, target, indices, uniform, samples)
+    (name,) = emulated_cuda.launched()
+    assert re.search(rf"tail_forward_kernel<\S+, {threads}>", name)
+    for n, classes_left in enumerate((classes - k, classes - k - 1)):
+        all_q = int(mass[n].item() * 2**52)
+        q, stride = all_q // classes_left, all_q // samples
+        assert q * classes_left == all_q
+        number = (int(uniform[n].item() * stride) + torch.arange(samples) * stride) // q
+        assert torch.equal(draws[n], (number + k + (n == 1) * (number >= left_out - k)).int())
+
+
+@pytest.mark.parametrize("dtype, classes", [(torch.bfloat16, 263_001), (torch.float32, 140_001)])
+def test_segments_of_several_steps(dtype, classes):
+    logits, target = torch.randn(1, classes).to(dtype), torch.tensor([7])
+    indices = listed(logits, 20)
+    uniform = torch.tensor([0.3])
+    found = emulated_cuda.tail_fwd(logits, target, indices, uniform, 400)
+    assert_draws(logits, target, indices, uniform, found[2], found[3], found[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_q_of_any_probability(dtype):
+    """A tail of one class: its mass is p, rounded down to a multiple of 2^-52."""
+    distance = torch.linspace(0.01, 44, 1000, dtype=dtype)
+    logits, none = torch.stack((torch.zeros_like(distance), -distance), -1), torch.full((1000,), -1)
+    uniform, indices = torch.full_like(distance, 0.5), torch.zeros(1000, 1).int()
+    _, log_sum, mass, draws = emulated_cuda.tail_fwd(logits, none, indices, uniform, 1)
+    q, p = mass.double() * 2**52, (-distance - log_sum).double().exp()
+    assert torch.equal(q, q.floor())
+    # as in test_tail.py: the exponent is rounded, and so is exp; of float64 the truth too
+    units = torch.finfo(dtype).eps * (distance + 3) * (2 if dtype == torch.float64 else 1)
+    assert ((q <= p * 2**52 * (1 + units)) & (q > p * 2**52 * (1 - units) - 1)).all()
+    assert torch.equal(draws.squeeze(-1), torch.where(q > 0, 1, -1).int())
+
+
+def test_rows_without_a_tail():
+    """All but the list is the target, or so improbable that no draw has a share."""
+    logits = torch.tensor([[0.0, -1.0, -2.0], [0.0, -1.0, -40.0], [0.0, -1.0, -torch.inf]])
+    target, indices = torch.tensor([2, 0, -1]), torch.tensor([0, 1]).int().repeat(3, 1)
+    found = emulated_cuda.tail_fwd(logits, target, indices, torch.full((3,), 0.5), 4)
+    assert (found[2] == 0).all() and (found[3] == -1).all()
 
 
 ONE, MANY, ANYWHERE = "8 1", "8 4", "1 8"
@@ -333,6 +390,15 @@ def test_sizes_out_of_range_are_refused_by_threshold_ce(rows, classes, k):
     assert_refused(emulated_cuda.ThresholdForward(row, 0, k, 1.0))
     if 1 <= k <= classes:
         assert_refused(emulated_cuda.ThresholdBackward(None, None, row, 0))
+
+
+@pytest.mark.parametrize(
+    "rows, classes, k, samples",
+    [(2**31, 5, 2, 3), (1, 2**31, 2, 3), (1, 5, 0, 3), (1, 5, 5, 3), (1, 5, 2, -1)],
+)
+def test_sizes_out_of_range_are_refused_by_tail(rows, classes, k, samples):
+    row = emulated_cuda.Rows(None, rows, classes, 1, classes, 0)
+    assert_refused(emulated_cuda.Tail(row, 0, k=k, samples=samples))
 
 
 @pytest.mark.parametrize("rows, classes", [(2**31, 5), (1, 0), (1, 2**31)])

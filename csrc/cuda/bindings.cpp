@@ -25,6 +25,7 @@
 #include "plif.h"
 #include "reduce.h"
 #include "sparse_linear.h"
+#include "tail.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
 
@@ -123,6 +124,19 @@ Tensor threshold_ce_bwd(const std::optional<Tensor>& dloss, const std::optional<
   check_launch(cuda::backward(arguments, current_stream(logits.device())), target.numel(),
                " rows of ", logits.size(-1), " classes");
   return dlogits;
+}
+
+TailOutputs tail_fwd(const Tensor& logits, const Tensor& target, const Tensor& indices,
+                     const std::optional<Tensor>& uniform, int64_t samples) {
+  const c10::DeviceGuard guard(logits.device());
+  const TailOutputs outputs = empty_tail_outputs(logits, samples);
+  auto arguments = tail_arguments<cuda::Tail>(logits, target, indices, uniform, samples, outputs);
+  arguments.dtype = dtype_of<cuda::Dtype>(logits.scalar_type());
+  arguments.logits.count = target.numel();
+  check_launch(cuda::forward(arguments, current_stream(logits.device())), target.numel(),
+               " rows of ", logits.size(-1), " classes, k = ", indices.size(-1), " and ", samples,
+               " samples");
+  return outputs;
 }
 
 LabelsOutputs labels_ce_fwd(const Tensor& logits, const Tensor& labels, double delta) {
@@ -477,6 +491,7 @@ TORCH_LIBRARY_IMPL(sparse_ce_native, CUDA, m) {
   m.impl("topk_ce_bwd", sparse_ce::topk_ce_bwd);
   m.impl("threshold_ce_fwd", sparse_ce::threshold_ce_fwd);
   m.impl("threshold_ce_bwd", sparse_ce::threshold_ce_bwd);
+  m.impl("tail_fwd", sparse_ce::tail_fwd);
   m.impl("labels_ce_fwd", sparse_ce::labels_ce_fwd);
   m.impl("labels_ce_bwd", sparse_ce::labels_ce_bwd);
   m.impl("plif_tables", sparse_ce::plif_tables);

@@ -196,6 +196,12 @@ __device__ __forceinline__ double product(double a, double b) {
   TWIN(return a * b;)
 }
 
+// By 64 or more nothing is left, which C++ does not promise.
+__device__ __forceinline__ unsigned long long shifted_right(unsigned long long x, unsigned by) {
+  PTX(asm("shr.u64 %0, %1, %2;" : "=l"(x) : "l"(x), "r"(by)); return x;)
+  TWIN(return by < 64 ? x >> by : 0;)
+}
+
 // CUDA adds 64 bits without a sign only; the sum has the same bits.
 __device__ __forceinline__ void add_atomically(int64_t* to, int64_t x) {
   using Bits = unsigned long long;

@@ -1,5 +1,5 @@
-// What threshold_ce, labels_ce and plif share: the softmax over all classes of a row in one look at it, and a gradient that is
-// written while the logits are read.
+// What threshold_ce, tail, labels_ce and plif share: the softmax over all classes of a row in one look at it, and a gradient
+// that is written while the logits are read.
 #pragma once
 
 #include "group.cuh"

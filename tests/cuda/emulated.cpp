@@ -7,6 +7,7 @@
 #include "plif.h"
 #include "reduce.h"
 #include "sparse_linear.h"
+#include "tail.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
 
@@ -45,6 +46,9 @@ extern "C" const char* threshold_ce_forward(const ThresholdForward* a) {
 }
 extern "C" const char* threshold_ce_backward(const ThresholdBackward* a) {
   return error_of([&] { return backward(*a, nullptr); });
+}
+extern "C" const char* tail_forward(const Tail* a) {
+  return error_of([&] { return forward(*a, nullptr); });
 }
 extern "C" const char* labels_ce_forward(const LabelsForward* a) {
   return error_of([&] { return forward(*a, nullptr); });

@@ -1,0 +1,5 @@
+#include "tail.cuh"
+
+namespace sparse_ce::cuda {
+template cudaError_t forward_rows<bfloat16>(const Tail&, cudaStream_t);
+}  // namespace sparse_ce::cuda
