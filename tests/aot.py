@@ -24,6 +24,7 @@ from sparse_ce.triton_kernels import (
     reduce,
     softmax,
     sparse_linear,
+    tail,
     threshold_ce,
     topk_ce,
 )
@@ -41,6 +42,8 @@ LONG_ROW = 128256
 _ARGUMENTS = {
     "target_ptr": "*i64",
     "indices_ptr": "*i32",
+    "draws_ptr": "*i32",
+    "quotas_ptr": "*i64",
     "best_ptr": "*i64",
     "found_ptr": "*i64",  # or "*i32"
     "list_ptr": "*i64",
@@ -79,6 +82,7 @@ _OF_DTYPE = (
 LINEAR = ("dhidden", "piece", "dweight")
 # dense where k is the number of classes; k = 0 stands for delta
 THRESHOLD = ("threshold_fwd", "threshold_bwd")
+TAIL = ("tail_fwd",)
 LABELS = ("labels_fwd", "labels_bwd")
 PLIF = ("plif_fwd", "plif_bwd", "plif_ce_fwd", "plif_ce_bwd")
 LISTED = ("plif_topk_fwd", "plif_topk_bwd")
@@ -97,7 +101,7 @@ def module_of(kernel: str) -> Any:
     modules = dict.fromkeys(LINEAR, sparse_linear) | dict.fromkeys(THRESHOLD, threshold_ce)
     modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys((*PLIF, *LISTED), plif)
     modules |= dict.fromkeys(LABELS, labels_ce) | dict.fromkeys(REDUCE, reduce)
-    modules |= dict.fromkeys(TABLES, plif_tables)
+    modules |= dict.fromkeys(TABLES, plif_tables) | dict.fromkeys(TAIL, tail)
     return modules.get(kernel, topk_ce)
 
 
@@ -140,6 +144,9 @@ class Case:
             scale = {"ALONE": not self.full, "HAS_DLOSS": True, **given}
             options = plif_tables.options(self.kernel[5:], self.full)
             return options | (scale if self.kernel == "plif_scale" else {})
+        if self.kernel in TAIL:
+            given = {"ALIGNED": self.aligned, "HAS_UNIFORM": True}
+            return tail.options(itemsize, self.num_classes) | given
         if self.kernel in LABELS:
             alike = {"ALIKE": True} if self.kernel == "labels_bwd" else {}
             alike |= {"ALIGNED": self.aligned, "LABELS_ALIKE": True}
@@ -205,7 +212,7 @@ def tuning_cases() -> list[Case]:
 
 def compile_case(case: Case, architecture: int) -> sass.Report:
     module = module_of(case.kernel)
-    stem = r"^(plif|threshold|labels|cosine|reduce)_"
+    stem = r"^(plif|threshold|labels|cosine|reduce|tail)_"
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
     options = case.options()
     launch = {name: options.pop(name) for name in warps(1)}
@@ -261,6 +268,11 @@ def row_instructions(case: Case, report: sass.Report) -> int:
 
 def resources(case: Case, report: sass.Report) -> dict[str, float]:
     access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
+    if case.kernel in TAIL:  # the softmax, and the look that adds up integers
+        second = [x for x in report.loops if x.count(access) and x.count("F2I")]
+        looks = {"per_chunk": round(report.per_chunk(access), 2)}
+        looks["second_look"] = min(x.instructions / x.count(access) for x in second)
+        return {"registers": report.registers, **looks}
     if case.kernel in (*THRESHOLD, *LABELS, *PLIF):
         return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
     if case.kernel in TABLES:
@@ -288,7 +300,7 @@ def recorded_cases() -> list[Case]:
     dense = [Case(name, dtype, LONG_ROW, LONG_ROW) for name in THRESHOLD for dtype in TYPES]
     labelled = [
         Case(name, dtype, LONG_ROW, LONG_ROW)
-        for name in LABELS
+        for name in (*TAIL, *LABELS)
         for dtype in ("bfloat16", "float32")
     ]
     linked = [

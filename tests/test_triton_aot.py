@@ -40,6 +40,7 @@ OTHERS = [
     aot.Case("threshold_fwd", "bfloat16", aot.LONG_ROW, 0),
     aot.Case("threshold_fwd", "float32", 50257, 0, aligned=False),
     aot.Case("threshold_bwd", "bfloat16", 50257, 50257, aligned=False),
+    aot.Case("tail_fwd", "bfloat16", 50257, 50257, aligned=False),
     aot.Case("labels_fwd", "bfloat16", 50257, 50257, aligned=False),
     aot.Case("labels_bwd", "float32", 50257, 50257, aligned=False),
     aot.Case("plif_ce_fwd", "bfloat16", 50257, 50257, aligned=False, full=True),
@@ -82,6 +83,10 @@ VARIANTS = [
         changes=(*PLAIN, ("ALIKE", False), ("dloss_ptr", None)),
     ),
     aot.Case(
+        "tail_fwd", "float16", 50257, 50257, aligned=False,
+        changes=(("HAS_UNIFORM", False), ("uniform_ptr", None)),
+    ),
+    aot.Case(
         "labels_bwd", "bfloat16", 50257, 50257, aligned=False,
         changes=(("ALIKE", False), ("LABELS_ALIKE", False)),
     ),
@@ -117,6 +122,7 @@ SELECTED = [
     aot.Case("fwd", "bfloat16", 4096, 20),
     aot.Case("bwd", "bfloat16", aot.LONG_ROW, 20),
     aot.Case("threshold_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
+    aot.Case("tail_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("labels_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("plif_ce_bwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("plif_slopes", "float32", 1, 1),
@@ -147,7 +153,7 @@ def test_compiled(case: aot.Case, architecture: int) -> None:
     if case.kernel == "bwd":
         loop = report.streaming("STG.E.128")
         assert loop.count("STG.E.128") == loop.count("STG") >= 4
-    if case.kernel == "threshold_fwd":
+    if case.kernel in ("threshold_fwd", *aot.TAIL):
         # two chunks at a time, or four looks at once where keys are counted
         loop = report.streaming("LDG.E.128")
         assert loop.count("LDG.E.128") == loop.count("LDG") >= 2
@@ -209,6 +215,7 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     linear = [getattr(aot.sparse_linear, f"_{name}_kernel") for name in aot.LINEAR]
     topk = [getattr(aot.topk_ce, f"_{name}_kernel") for name in TOPK]
     threshold = [getattr(aot.threshold_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
+    tail = [aot.tail._fwd_kernel]
     labels = [getattr(aot.labels_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
     forms = ("fwd", "bwd", "ce_fwd", "ce_bwd", "topk_fwd", "topk_bwd")
     plif = [getattr(aot.plif, f"_{name}_kernel") for name in forms]
@@ -216,13 +223,13 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     tables = [getattr(aot.plif_tables, f"_{name}_kernel") for name in names]
     cosine = [getattr(aot.cosine, f"_{name}_kernel") for name in ("fwd", "bwd")]
     reduce = [getattr(aot.reduce, f"_{name}_kernel") for name in ("fwd", "join", "bwd")]
-    for kernel in (*topk, *linear, *threshold, *labels, *plif, *tables, *cosine, *reduce):
+    for kernel in (*topk, *linear, *threshold, *tail, *labels, *plif, *tables, *cosine, *reduce):
         for parameter in kernel.params:
             number = not parameter.is_constexpr and not parameter.name.endswith("_ptr")
             # Triton specialises no float
             floats = ("label_smoothing", "delta", "bound", "rate")
             assert not number or parameter.do_not_specialize or parameter.name in floats
-    for kernel in (*topk, *threshold, *labels, *plif[2:], *tables):
+    for kernel in (*topk, *threshold, *tail, *labels, *plif[2:], *tables):
         assert all(p.do_not_specialize or p.is_constexpr for p in kernel.params)
     for name, bucket in (
         ("fwd", range(14, 33)), ("bwd", range(65, 129)), ("plif_topk_bwd", range(64, 128)),

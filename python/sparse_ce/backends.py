@@ -113,6 +113,7 @@ BACKENDS = (
         (
             "sparse_ce.triton_kernels.topk_ce",
             "sparse_ce.triton_kernels.threshold_ce",
+            "sparse_ce.triton_kernels.tail",
             "sparse_ce.triton_kernels.labels_ce",
             "sparse_ce.triton_kernels.plif",
             "sparse_ce.triton_kernels.plif_tables",
