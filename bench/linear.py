@@ -5,7 +5,7 @@ timed and weighed: race.py. Here a tolerance is twice the error of the plain lay
 dtype, `linear` and then the loss in tensor operations, against float64: of the loss (at least a
 rounding of it), and of dhidden and of dweight as a whole. "product" is the bare product of forward,
 into memory that exists: no output layer is faster. "dense" marks another loss, the softmax over all
-classes.
+classes; "tail" is ours of that loss, whose gradient has the k largest, the target and 64 draws.
 
     python -m bench.linear --break-even     our two ways of backward over k: the constants of
                                             sparse_ce.linear.break_even
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from sparse_ce import backends, fused_linear_sparse_ce, linear
 from torch import Tensor
 
+from .problems import TAIL_SAMPLES
 from .providers import Forward, needs
 from .race import (
     DTYPES,
@@ -86,6 +87,16 @@ def _ours(backend: str, backward: str) -> Provider:
     return Provider(name, make, partial(unavailable, backend), ours=True)
 
 
+def _ours_with_tail(backend: str) -> Provider:
+    def make(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
+        options = {"normalizer": "full", "tail_samples": TAIL_SAMPLES, "backend": backend}
+        return lambda: fused_linear_sparse_ce(hidden, weight, target, k, **options)
+
+    # of its gradients the mean over many draws is right, so that its loss alone is checked
+    name, slack = f"sparse_ce.{backend}.tail", float("inf")
+    return Provider(name, make, partial(unavailable, backend), True, loss="dense", slack=slack)
+
+
 def _plain_topk(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> Forward:
     def loss() -> Tensor:
         logits = F.linear(hidden, weight)
@@ -147,6 +158,7 @@ def _no_quack(device: torch.device, dtype: torch.dtype) -> str | None:
 PLAIN = {"top-k": _plain_topk, "dense": _plain_dense}
 PROVIDERS = (
     *(_ours(name, "auto") for name in backends.NAMES),
+    *(_ours_with_tail(name) for name in backends.NAMES),
     Provider("linear+composition", _plain_topk),
     Provider("linear+cross_entropy", _plain_dense, loss="dense"),
     *(

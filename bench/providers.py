@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sparse_ce import adaptive_sparse_ce, backends, fused_sparse_ce
 from torch import Tensor
 
-from .problems import DELTA
+from .problems import DELTA, TAIL_SAMPLES
 from .race import unavailable
 
 Forward = Callable[[], Tensor]
@@ -27,7 +27,7 @@ class Provider:
     make: Callable[[Tensor, Tensor, int], Forward]
     unavailable: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     ours: bool = False
-    loss: str = "top-k"  # or dense, adaptive: other losses, to which k is nothing
+    loss: str = "top-k"  # or dense, adaptive: other losses, to which k is nothing; or tail
     writes_logits: bool = False  # it leaves its gradient in the caller's logits: it gets a copy
 
 
@@ -35,6 +35,9 @@ def _ours(backend: str, loss: str = "top-k") -> Provider:
     def make(logits: Tensor, target: Tensor, k: int) -> Forward:
         if loss == "adaptive":
             return lambda: adaptive_sparse_ce(logits, target, DELTA, backend=backend)
+        if loss == "tail":
+            options = {"normalizer": "full", "tail_samples": TAIL_SAMPLES, "backend": backend}
+            return lambda: fused_sparse_ce(logits, target, k, **options)
         kept = k if loss == "top-k" else None
         return lambda: fused_sparse_ce(logits, target, kept, backend=backend)
 
@@ -88,7 +91,7 @@ def needs(package: str) -> Callable[[torch.device, torch.dtype], str | None]:
 
 PROVIDERS = (
     *(_ours(name) for name in backends.NAMES),
-    *(_ours(name, loss) for name in backends.NAMES for loss in ("dense", "adaptive")),
+    *(_ours(name, loss) for name in backends.NAMES for loss in ("dense", "adaptive", "tail")),
     Provider("composition", _composition),
     Provider("composition.compiled", _compiled),
     Provider("cross_entropy", _cross_entropy, loss="dense"),

@@ -9,7 +9,8 @@ several ways (providers.probes); writing is rated on memory that exists already,
 fresh memory is printed beside it.
 
 "dense" marks another loss, the softmax over all classes, "adaptive" the one that drops classes
-which the target beats by 0.1.
+which the target beats by 0.1, "tail" the dense one whose gradient has the k largest, the target and
+64 draws from the others.
 """
 
 import sys
@@ -59,7 +60,7 @@ def enter(provider: Provider, case: Case, entrant: Entrant) -> dict[str, float]:
 def errors(kind: str, case: Case, train: Forward, leaf: Tensor) -> dict[str, float]:
     """Of the mean loss over all rows and of the gradient of a few, in what their dtypes allow."""
     rows, classes = case.logits.shape
-    kept = case.k if kind == "top-k" else classes
+    kept = case.k if kind == "top-k" else classes  # whose exponentials are added up
     some = torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS), device=case.logits.device).long()
     if kind == "adaptive":
         p, tied = adaptive_probabilities(case.logits[some], case.target[some])
@@ -73,6 +74,8 @@ def errors(kind: str, case: Case, train: Forward, leaf: Tensor) -> dict[str, flo
     loss.backward(torch.full_like(loss, scale))
     found = leaf.grad[some].double() * (rows / scale) + onehot
     leaf.grad = None
+    if kind == "tail":
+        found = with_whole_tail(found, p, case.logits[some], case.target[some], case.k)
     mean_of_tied = (found * tied).sum(-1, keepdim=True) / tied.sum(-1, keepdim=True)
     found = torch.where(tied, mean_of_tied, found)
 
@@ -90,6 +93,16 @@ def errors(kind: str, case: Case, train: Forward, leaf: Tensor) -> dict[str, flo
         "loss": abs(loss.item() - case.truth[kind]) / lse_error,
         "gradient": ((found - p).abs() / tolerance).amax().item(),
     }
+
+
+def with_whole_tail(found: Tensor, p: Tensor, logits: Tensor, target: Tensor, k: int) -> Tensor:
+    """Of what is drawn the sum is checked: it is spread over the tail as p is, and over the classes
+    equal to the k-th, of which some are kept.
+    """
+    kept = logits > logits.topk(k).values[:, -1:]
+    kept.scatter_(-1, target.unsqueeze(-1), True)
+    rest, mass = (t.masked_fill(kept, 0).sum(-1, keepdim=True) for t in (found, p))
+    return torch.where(kept, found, p * (rest / mass))
 
 
 def measure(
