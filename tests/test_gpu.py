@@ -1,5 +1,7 @@
 """What only a GPU shows: graphs, streams, synchronisation, memory."""
 
+from functools import partial
+
 import cases
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sparse_ce import (
     fused_sparse_ce,
 )
 
+KS = (20, None)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
@@ -88,6 +91,20 @@ class LinkStep(Step):
         return loss.detach(), *torch.autograd.grad(loss, (self.logits, self.link.w))
 
 
+class TailStep(Step):
+    """The dense loss with a sparse gradient, whose draws are the same at every call."""
+
+    def __init__(self, subject, samples):
+        super().__init__(subject, weighted=True)
+        self.options |= {"normalizer": "full", "tail_samples": samples}
+        self.samples = samples
+
+    def __call__(self):
+        if self.samples:
+            torch.cuda.manual_seed(1)
+        return super().__call__()
+
+
 FIRST, SECOND = ("random", [3, 36, -100, 0, 7, 1]), ("ties", [-100, -100, 5, 1002, -100, 9])
 NONE_COUNTED = ("random", [-100] * 6)
 
@@ -111,6 +128,11 @@ def test_cuda_graph_of_a_function_of_the_logits(subject, k):
     assert_captured(LinkStep(subject, k))
 
 
+def test_cuda_graph_of_the_dense_loss_with_a_sparse_gradient(subject):
+    # without draws: those of a replay go on with the generator
+    assert_captured(TailStep(subject, 0))
+
+
 def assert_captured(step):
     step.fill(*FIRST)
     stream = torch.cuda.Stream()
@@ -129,12 +151,17 @@ def assert_captured(step):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "link"])
-@pytest.mark.parametrize("k", [20, None])
-def test_no_host_synchronisation(subject, reduction, k, synchronisation_is_an_error):
-    step = LinkStep(subject, k)
-    if reduction != "link":
-        step = Step(subject, reduction, weighted=True, k=k)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(Step, reduction=how, weighted=True, k=k) for how in ("none", "mean") for k in KS),
+        *(partial(LinkStep, k=k) for k in KS),
+        partial(TailStep, samples=8),
+    ],
+    ids=["none", "none dense", "mean", "mean dense", "link", "link dense", "tail"],
+)
+def test_no_host_synchronisation(subject, make, synchronisation_is_an_error):
+    step = make(subject)
     step.fill(*FIRST)
     expected = step()  # compiles and tunes
     synchronisation_is_an_error()
