@@ -62,9 +62,9 @@ lint: $(VENV)/lint
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-# The sources as a C++ program sees them, and under sanitizers.
+# The sources as a C++ program sees them, and under sanitizers. Of CUDA no machine code: `make aot` has that.
 cpp: $(VENV)/ready
-	cmake -S . -B build-cpp -DSPARSE_CE_CUDA_ARCHITECTURES=90 \
+	cmake -S . -B build-cpp -DSPARSE_CE_CUDA_ARCHITECTURES=90-virtual \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	cmake --build build-cpp -j 2
 	ctest --test-dir build-cpp --output-on-failure
