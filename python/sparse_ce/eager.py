@@ -312,7 +312,7 @@ def tail_fwd(
     row_max, log_sum = (logits.new_empty(flat.shape[0], dtype=dtype) for _ in range(2))
     mass = logits.new_zeros(flat.shape[0], dtype=dtype)
     draws = logits.new_full((flat.shape[0], samples), -1, dtype=torch.int32)
-    classes = torch.arange(num_classes, device=logits.device)
+    classes, ranks = (torch.arange(n, device=logits.device) for n in (num_classes, samples))
     for part in _chunks(flat.shape[0], num_classes):
         z = flat[part].to(dtype)
         row_max[part] = z.amax(-1)
@@ -326,9 +326,7 @@ def tail_fwd(
         sums = (p.double() * _TAIL_SCALE).long().masked_fill_(out, 0).cumsum(-1)
         stride = sums[:, -1] // samples
         first = (uniform.flatten()[part].double() * stride).long()
-        places = first.unsqueeze(-1) + stride.unsqueeze(-1) * torch.arange(
-            samples, device=logits.device
-        )
+        places = first.unsqueeze(-1) + stride.unsqueeze(-1) * ranks
         found = torch.searchsorted(sums, places, right=True)
         drawn = (stride > 0) & log_sum[part].isfinite()
         draws[part] = found.masked_fill(~drawn.unsqueeze(-1), -1).int()

@@ -68,7 +68,9 @@ def _logits(
 
 
 def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Both regimes: topk_ce, tail_ce or threshold_ce of each chunk, its outputs side by side."""
+    """Both regimes: the forward of each chunk, its outputs side by side. In the list regime that is
+    topk_ce, or tail_ce where there are `samples`.
+    """
 
     def forward(
         hidden: Tensor,
@@ -83,15 +85,15 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
         *rest: Any,  # in the list regime uniform, samples and how backward goes; the backend
     ) -> tuple[Tensor, ...]:
         backend = rest[-1]
-        op: Any = backends.implementation(backend, f"{regime}_ce_fwd")
+        of_logits: Any = backends.implementation(backend, f"{regime}_ce_fwd")
 
         def of_chunk(logits: Tensor, part: slice) -> Any:
             arguments = (logits, target[part], class_weight)
             if regime == "threshold":
-                return op(*arguments, k, 1.0, label_smoothing)
+                return of_logits(*arguments, k, 1.0, label_smoothing)
             uniform, samples, *_ = rest
             if samples is None:
-                return op(*arguments, k, label_smoothing)
+                return of_logits(*arguments, k, label_smoothing)
             drawn = None if uniform is None else uniform[part]
             return tail.forward(*arguments, drawn, k, samples, label_smoothing, backend)
 
@@ -333,12 +335,10 @@ def _threshold_autograd(
     return (*_given(gradients, needed), *(None,) * 7)
 
 
-def _no_second_derivative(*_: Any) -> None:
-    raise RuntimeError(
-        "fused_linear_sparse_ce: expected a first derivative only, got a backward of its backward; "
-        "fused_sparse_ce(torch.nn.functional.linear(hidden, weight), ...) has second derivatives"
-    )
-
+_no_second_derivative = ops.first_derivative_only(
+    "fused_linear_sparse_ce",
+    "; fused_sparse_ce(torch.nn.functional.linear(hidden, weight), ...) has second derivatives",
+)
 
 for _name, _backward, _context in (
     ("topk_linear_ce_fwd", _topk_autograd, _topk_context),

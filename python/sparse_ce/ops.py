@@ -85,6 +85,17 @@ def differentiable(
     _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
+def first_derivative_only(what: str, instead: str = "") -> Callable[..., NoReturn]:
+    """The derivative of a backward that has none."""
+
+    def backward(*_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{what}: expected a first derivative only, got a backward of its backward{instead}"
+        )
+
+    return backward
+
+
 def _refuse_tangents(inputs: Sequence[Any]) -> None:
     unpack: Any = forward_ad.unpack_dual
     for value in inputs:
@@ -537,20 +548,16 @@ def _plif_ce_backward(
     return (dlogits, None, None, _dslopes(ctx, sums, scale, slopes), *(None,) * 4)
 
 
-def no_second_derivative(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        "MonotonicPLIF: expected a first derivative only, got a backward of its backward"
-    )
-
+_no_second_derivative = first_derivative_only("MonotonicPLIF")
 
 for _op, _backward, _context in (
     ("plif_tables", _plif_tables_backward, _plif_tables_context),
     ("plif_fwd", _plif_backward, _plif_context),
     ("plif_ce_fwd", _plif_ce_backward, _plif_ce_context),
-    ("plif_bwd", no_second_derivative, None),
-    ("plif_ce_bwd", no_second_derivative, None),
-    ("plif_scale", no_second_derivative, None),
-    ("plif_dslopes", no_second_derivative, None),
+    ("plif_bwd", _no_second_derivative, None),
+    ("plif_ce_bwd", _no_second_derivative, None),
+    ("plif_scale", _no_second_derivative, None),
+    ("plif_dslopes", _no_second_derivative, None),
 ):
     differentiable(_op, _backward, _context)
 

@@ -178,4 +178,4 @@ def _topk_autograd(
 
 
 ops.differentiable("topk_plif_ce_fwd", _topk_autograd, _topk_context)
-ops.differentiable("topk_plif_ce_bwd", ops.no_second_derivative)
+ops.differentiable("topk_plif_ce_bwd", ops.first_derivative_only("MonotonicPLIF"))

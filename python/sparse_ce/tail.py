@@ -14,7 +14,7 @@ gradient of the dense loss, exactly. A list of k + 1 + samples classes says all 
 Omega, y (or the first of Omega once more, where y is there or is no hit) and the draws.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,12 +143,10 @@ def _autograd(
     return (dlogits, *(None,) * 7)
 
 
-def _no_second_derivative(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        "fused_sparse_ce: expected a first derivative only with normalizer='full' and k < V, got a "
-        "backward of its backward"
-    )
-
-
 ops.differentiable("tail_ce_fwd", _autograd, _context)
-ops.differentiable("tail_ce_bwd", _no_second_derivative)
+ops.differentiable(
+    "tail_ce_bwd",
+    ops.first_derivative_only(
+        "fused_sparse_ce", " with normalizer='full' and k < V; k=None has second derivatives"
+    ),
+)
