@@ -193,10 +193,12 @@ def dense_gradient(logits, target, weight, k, smoothing, a, b):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.1, True)])
-@pytest.mark.parametrize("classes, k, samples", [(37, 5, 0), (203, 20, 0), (203, 20, 16)], ids=str)
+@pytest.mark.parametrize(
+    "classes, k, samples", [(37, 5, 0), (203, 20, 0), (203, 20, 16), (37, 5, 40)], ids=str
+)
 def test_loss_and_gradient(subject, dtype, classes, k, samples, smoothing, weighted):
     """Of support and target the gradient of the dense loss, of the draws T / samples in place of p,
-    and zeros.
+    and zeros. A list may be longer than a row.
     """
     rows = 3 if subjects.INTERPRETING else 9
     logits = cases.logits("random", rows, classes, dtype)

@@ -25,7 +25,7 @@ cudaError_t forward(const Forward& a, cudaStream_t stream) {
 
 cudaError_t backward(const Backward& a, cudaStream_t stream) {
   if (a.count == 0) return cudaSuccess;
-  if (!in_range(a.count, a.classes, a.k)) return cudaErrorInvalidValue;
+  if (!in_range(a.count, a.classes) || a.k < 1 || a.k > kMaxK) return cudaErrorInvalidValue;
   return by_dtype(a.dtype, [&](auto x) { return backward_rows<decltype(x)>(a, stream); });
 }
 

@@ -6,11 +6,13 @@
 
 namespace sparse_ce::cuda {
 
+constexpr int64_t kMaxK = 1 << 29;
+
 // Statistics (weight, loss, lse, probs and their gradients) are float, or double for f64 logits.
 struct Forward {
   Rows logits;
   Dtype dtype;
-  int64_t k;              // 1 <= k <= classes, at most 2^29
+  int64_t k;              // 1 <= k <= classes, at most kMaxK
   const int64_t* target;  // (N)
   const void* weight;     // (classes) or null
   double label_smoothing;
@@ -31,14 +33,14 @@ struct Backward {
   const void* weight;      // (classes) or null
   double label_smoothing;
   int64_t count;
-  int64_t k;
+  int64_t k;  // at most kMaxK: a list may name a class twice, with the same number, and so be longer than classes
   int64_t classes;
   void* dlogits;  // (N, classes) of dtype, 16-byte aligned
   Dtype dtype;
 };
 
 inline bool in_range(int64_t rows, int64_t classes, int64_t k) {
-  return in_range(rows, classes) && 1 <= k && k <= classes && k <= 1 << 29;
+  return in_range(rows, classes) && 1 <= k && k <= classes && k <= kMaxK;
 }
 
 // Of the arguments, all but the pointers are looked at.
