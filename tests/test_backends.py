@@ -58,7 +58,7 @@ REFUSALS = [
         torch.float32,
         True,
         lambda row: not row.large_k,
-        "it lists at most k = 1024 classes of a row",
+        "it lists at most 1024 classes of a row: k, or k [+] 1 [+] tail_samples",
     ),
 ]
 

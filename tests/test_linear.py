@@ -359,6 +359,28 @@ def test_no_tensor_of_all_logits_ever_exists(backend):
     assert peak <= chunk + dweight + 4 * hidden.numel() + 64 * rows * (k + 1) + 5 * scratch
 
 
+@pytest.mark.parametrize("k, buffers", [(20, 1), (None, 2)], ids=str)
+def test_dense_steps_hold_the_gradient_of_one_chunk(k, buffers):
+    """A chunk of logits, where they are made again, one of their gradient, and the gradients."""
+    rows, classes, features, chunk = 1024, 3000, 64, 256 * 3000 * 4
+    hidden = torch.randn(rows, features, requires_grad=True)
+    weight = torch.randn(classes, features, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+    loss = fused_linear_sparse_ce(hidden, weight, target, k, chunk_bytes=chunk, backward="dense")
+    _, peak = sizes_of_allocations(loss.backward)
+    assert peak <= buffers * chunk + weight.nbytes + 3 * hidden.nbytes + 64 * rows
+
+
+def test_chunks_are_alike():
+    for rows in (1, 100, 128, 1000, 1050, 8192, 16384, 16400):
+        for most in (0, 1, 100, 127, 128, 130, 1046, 2000):
+            size = linear._rows_of_chunk(rows, most)
+            parts = list(linear._parts(rows, size))
+            assert 1 <= size <= max(most, 1)
+            if most >= 128:
+                assert size % 128 == 0 and len(parts) == -(-rows // (most - most % 128))
+
+
 def test_evaluation_allocates_no_gradient():
     hidden, weight = torch.randn(256, 64), torch.randn(5000, 64, requires_grad=True)
     target = torch.randint(5000, (256,))
@@ -444,6 +466,23 @@ def test_row_sparse_gradient_has_no_compiled_form():
     )
     with pytest.raises(Exception, match="weight_grad: expected 'dense' under torch.compile"):
         compiled()
+
+
+@pytest.mark.parametrize("k", [None, CLASSES])
+def test_row_sparse_gradient_of_all_classes(k):
+    hidden, weight, _, target = layer(torch.float32)
+    with pytest.raises(ValueError, match="weight_grad: expected 'dense' for k=None"):
+        fused_linear_sparse_ce(
+            hidden, weight, target, k, weight_grad="row_sparse", return_support=True
+        )
+
+
+def test_row_sparse_gradient_of_torch_func():
+    hidden, weight, _, target = layer(torch.float32)
+    with pytest.raises(ValueError, match="weight_grad: expected 'dense' under torch.compile and"):
+        torch.func.grad(
+            lambda w: fused_linear_sparse_ce(hidden, w, target, K, weight_grad="row_sparse")
+        )(weight)
 
 
 def test_row_sparse_gradient_trains():

@@ -161,7 +161,7 @@ def _refusal(row: Backend, device_type: str, dtype: torch.dtype, large_k: bool) 
     if dtype not in row.dtypes:
         return f"it has no kernels for {dtype}"
     if large_k and not row.large_k:
-        return f"it lists at most k = {MAX_LIST_K} classes of a row"
+        return f"it lists at most {MAX_LIST_K} classes of a row: k, or k + 1 + tail_samples"
     return unavailable(row.name)
 
 

@@ -15,22 +15,32 @@ from . import backends
 
 LOGIT_DTYPES = backends.ALL_DTYPES
 REDUCTIONS = ("mean", "sum", "none")
+OF_ROWS = ("logits", "hidden", "output", "target")  # the others have classes, or cells, first
 
 
 def _no_dtensor(name: str, value: object) -> None:
     if type(value).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: expected a plain torch.Tensor, got a DTensor; of rows sharded over ranks "
-            "pass the local tensor, to_local(); classes sharded over ranks need "
-            "vocab_parallel_sparse_ce, which this version does not have"
+        remedy = (
+            "of rows sharded over ranks pass the local tensor, to_local()"
+            if name in OF_ROWS
+            else "pass full_tensor(), or call the module that holds it: FSDP then gathers it"
         )
+        raise TypeError(
+            f"{name}: expected a plain torch.Tensor, got a DTensor; {remedy}; classes that stay "
+            "sharded over ranks need vocab_parallel_sparse_ce, which this version does not have"
+        )
+
+
+def is_traced() -> bool:
+    """Under torch.compile or torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def has_values(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at, on the CPU: not so in a compiled graph, under
     torch.func, or of a fake tensor.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return False
     # imported already where there is one; that takes a second
     fake = sys.modules.get("torch._subclasses.fake_tensor")

@@ -49,15 +49,19 @@ def samples_of(normalizer: str, tail_samples: int) -> int | None:
     """How many draws stand for the tail; None: there is none, the softmax is that of the list."""
     if normalizer == "topk":
         return None
-    # an evaluation leaves torch's generator alone
     return tail_samples if torch.is_grad_enabled() else 0
 
 
-def uniform_of(rows: Tensor, dtype: torch.dtype, samples: int | None) -> Tensor | None:
-    """A number for each row, from torch's generator of its device: nothing waits for it."""
-    if not samples:
+def uniform_of(rows: Tensor, dtype: torch.dtype, tail_samples: int) -> Tensor | None:
+    """A number for each row, from torch's generator of its device: nothing waits for it.
+
+    Where no gradient is recorded the generator goes on as well. A reentrant checkpoint passes
+    through here so at first; its second pass begins at the same state and ends where the first did.
+    """
+    if not tail_samples:
         return None
-    return torch.rand(rows.shape[:-1], device=rows.device, dtype=schema.statistics_dtype(dtype))
+    uniform = torch.rand(rows.shape[:-1], device=rows.device, dtype=schema.statistics_dtype(dtype))
+    return uniform if torch.is_grad_enabled() else None
 
 
 def support_of(
@@ -140,9 +144,10 @@ def fused_sparse_ce(
             and at the target. What is outside, the tail, pushes nothing then: a bias of its
             probability, ``Support.tail_mass()``. Without second derivatives.
         tail_samples: with "full", how many classes stand for the tail: drawn in proportion to their
-            probability, by systematic sampling with torch's generator, where a gradient is
-            recorded. The expectation of the gradient is that of the dense loss, exactly, with at
-            most k + 1 + tail_samples non-zeros per row.
+            probability, by systematic sampling, where a gradient is recorded. It takes one number
+            per row from torch's generator, where none is recorded too. The expectation of the
+            gradient is that of the dense loss, exactly, with at most k + 1 + tail_samples non-zeros
+            per row.
         link: a ``MonotonicPLIF`` f: the loss of f(logits), which are never stored. It keeps the
             order, so that S stays the same and k + 1 logits of a row go through it; the Support's
             probabilities and log-sum-exp are those of f(logits). Without second derivatives; lists
@@ -197,7 +202,8 @@ def fused_sparse_ce(
         if link is not None:
             op, more = topk_plif_ce_fwd, (link.w, link.bound, k)
         if samples is not None:
-            op, more = tail.tail_ce_fwd, (uniform_of(rows, logits.dtype, samples), k, samples)
+            uniform = uniform_of(rows, logits.dtype, tail_samples)
+            op, more = tail.tail_ce_fwd, (uniform, k, samples)
         loss, lse, indices, probs = op(*arguments, *more, float(label_smoothing), name)[:4]
         if return_support:
             support = support_of(target, indices, probs, lse, k, num_classes)
@@ -256,7 +262,8 @@ def sparse_softmax(
     listed = k < num_classes
     name = backends.resolve(backend, logits.device.type, logits.dtype, listed and is_large(k))
     if not listed:
-        return torch.softmax(logits, dim)
+        # by its dtype: autocast would choose another
+        return torch.softmax(logits, dim, dtype=logits.dtype)
     rows = as_rows(moved)
     no_target = rows.new_full(rows.shape[:-1], -1, dtype=torch.int64)
     _, lse, indices, probs = ops.topk_ce_fwd(rows, no_target, None, k, 0.0, name)

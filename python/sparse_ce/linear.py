@@ -51,6 +51,15 @@ def _parts(rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def _rows_of_chunk(rows: int, most: int) -> int:
+    """In chunks of one size: a last one of few tokens would read all of the weight. Matrix products
+    go by 128 rows.
+    """
+    step = 128 if most >= 128 else 1
+    chunks = max(1, -(-rows // max(step, most // step * step)))
+    return max(1, -(-rows // (chunks * step)) * step)
+
+
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, backend: str
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -86,16 +95,16 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
     ) -> tuple[Tensor, ...]:
         backend = rest[-1]
         of_logits: Any = backends.implementation(backend, f"{regime}_ce_fwd")
+        uniform, samples = rest[:2] if regime == "topk" else (None, None)
 
         def of_chunk(logits: Tensor, part: slice) -> Any:
             arguments = (logits, target[part], class_weight)
             if regime == "threshold":
                 return of_logits(*arguments, k, 1.0, label_smoothing)
-            uniform, samples, *_ = rest
             if samples is None:
                 return of_logits(*arguments, k, label_smoothing)
             drawn = None if uniform is None else uniform[part]
-            return tail.forward(*arguments, drawn, k, samples, label_smoothing, backend)
+            return tail.look(*arguments[:2], drawn, k, samples, backend)
 
         found = []
         # an empty batch has a chunk too, for the shapes
@@ -107,9 +116,13 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
         if not found:
             empty = hidden.new_empty((0, weight.shape[0]), dtype=dtype)
             found.append(of_chunk(empty, slice(0, 0)))
-        if len(found) == 1:
+        if len(found) > 1:
+            found = [tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))]
+        if samples is None:
             return tuple(found[0])
-        return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
+        return tail.listed(
+            found[0], target, class_weight, samples, label_smoothing, weight.shape[0]
+        )
 
     return forward
 
@@ -126,23 +139,31 @@ def _gradients(
     idle: Tensor,
     dtype: torch.dtype,
     needed: list[bool],
-    chunks: Iterator[tuple[slice, Tensor]],
+    chunks: Callable[[Tensor, Tensor], Iterator[tuple[slice, Tensor]]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By matrix products with the dense gradient of the logits of each chunk."""
+    """By matrix products with the dense gradient of the logits of each chunk, which `chunks` makes
+    of hidden and weight in the dtype of the products.
+    """
     statistics = schema.statistics_dtype(dtype)
     dhidden, dweight, dbias = _empty(hidden, weight, needed, statistics)
-    right, wide = hidden.to(dtype), weight.to(dtype)
+    hidden, wide = hidden.to(dtype), weight.to(dtype)
     for t in (dweight, dbias):
         t.zero_()
-    for part, dlogits in chunks:
+    for part, dlogits in chunks(hidden, wide):
         if needed[0]:
             # 0 times an infinite weight is NaN
             dhidden[part] = (dlogits @ wide).masked_fill_(idle[part].unsqueeze(-1), 0)
         if needed[1]:
-            # sums over chunks in float32: only the product of one chunk is rounded
-            dweight += dlogits.t() @ right[part].masked_fill(idle[part].unsqueeze(-1), 0)
+            left = hidden[part].masked_fill(idle[part].unsqueeze(-1), 0)
+            if dtype == statistics:
+                dweight.addmm_(dlogits.t(), left)
+            else:
+                # sums over chunks in float32: only the product of one chunk is rounded
+                dweight += dlogits.t() @ left
         if needed[2]:
             dbias += dlogits.sum(0, dtype=statistics)
+        # before the next one is made
+        del dlogits
     return dhidden, dweight.to(weight.dtype), dbias
 
 
@@ -200,7 +221,9 @@ def _topk_backward(
             )  # fmt: skip
             return dlogits
 
-        chunks = ((part, of_chunk(part)) for part in _parts(hidden.shape[0], chunk_rows))
+        def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+            return ((part, of_chunk(part)) for part in _parts(hidden.shape[0], chunk_rows))
+
         return _gradients(hidden, weight, _idle(dloss, dlse, dprobs), dtype, needed, chunks)
     dhidden, dweight, dbias = _empty(hidden, weight, [False] * 3)
     if needed[0]:
@@ -237,17 +260,14 @@ def _threshold_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bwd: Any = backends.implementation(backend, "threshold_ce_bwd")
 
-    def chunks() -> Iterator[tuple[slice, Tensor]]:
-        logits = _logits(
-            hidden.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype),
-            chunk_rows, backend,
-        )  # fmt: skip
-        for part, z in logits:
+    def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        shift = None if bias is None else bias.to(dtype)
+        for part, z in _logits(hidden, weight.t(), shift, chunk_rows, backend):
             a, b = (d if d is None else d[part] for d in (dloss, dlse))
             statistics = (t[part] for t in (row_max, log_sum, cut, cut_index, classes_kept))
             yield part, bwd(a, b, z, target[part], *statistics, class_weight, label_smoothing)
 
-    return _gradients(hidden, weight, _idle(dloss, dlse), dtype, needed, chunks())
+    return _gradients(hidden, weight, _idle(dloss, dlse), dtype, needed, chunks)
 
 
 # Registration: what runs, its shapes, its derivatives.
@@ -532,12 +552,15 @@ def fused_linear_sparse_ce(
     large_k = functional.is_large(k if samples is None else k + 1 + samples)
     listed = return_support or samples is not None or (not large_k and fewer)
     name = backends.resolve(backend, device, dtype, listed and large_k)
-    if weight_grad == "row_sparse" and torch.compiler.is_compiling():
-        raise ValueError("weight_grad: expected 'dense' under torch.compile, got 'row_sparse'")
-    if weight_grad == "row_sparse" and not listed:
+    if weight_grad == "row_sparse" and checks.is_traced():
         raise ValueError(
-            "weight_grad: expected 'dense' for k=None, k >= V and "
-            f"k > {backends.MAX_LIST_K}, whose gradient has no rows of zeros, got 'row_sparse'"
+            "weight_grad: expected 'dense' under torch.compile and torch.func, got 'row_sparse'"
+        )
+    if weight_grad == "row_sparse" and not (listed and fewer):
+        raise ValueError(
+            "weight_grad: expected 'dense' for k=None and k >= V, whose gradient has no rows of "
+            f"zeros, and for k > {backends.MAX_LIST_K}, whose classes are not listed, got "
+            "'row_sparse'"
         )
     sparse = backward == "sparse" or weight_grad == "row_sparse"
     if backward == "auto" and not sparse:
@@ -554,7 +577,7 @@ def fused_linear_sparse_ce(
         rows, counted = rows[kept], row_target[kept]
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES if device == "cpu" else CHUNK_BYTES_GPU
-    chunk_rows = max(1, min(rows.shape[0], chunk_bytes // (num_classes * dtype.itemsize)))
+    chunk_rows = _rows_of_chunk(rows.shape[0], chunk_bytes // (num_classes * dtype.itemsize))
     arguments = (
         rows, weight.contiguous(), bias, counted, class_weight, k, float(label_smoothing), dtype,
         chunk_rows,
@@ -562,7 +585,7 @@ def fused_linear_sparse_ce(
     support = None
     if listed:
         op: Any = _RowSparse.apply if weight_grad == "row_sparse" else topk_linear_ce_fwd
-        uniform = functional.uniform_of(rows, dtype, samples)
+        uniform = functional.uniform_of(rows, dtype, tail_samples)
         loss, lse, indices, probs = op(*arguments, uniform, samples, sparse, name)
         if return_support:
             support = functional.support_of(target, indices, probs, lse, k, num_classes)

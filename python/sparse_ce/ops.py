@@ -253,18 +253,20 @@ def coefficients(
     """
     hit = (target >= 0) & (target < num_classes)
     y = target.clamp(0, num_classes - 1)
-    share = torch.zeros_like(probs[..., 0]) if dlse is None else dlse
-    at_target = torch.zeros_like(share)
+    at_target = torch.zeros_like(probs[..., 0])
     spread = None
     if dloss is not None:
-        a = torch.where(hit, dloss, 0)
-        at_target = a * (1 - label_smoothing) * (1 if class_weight is None else class_weight[y])
-        share = share + at_target
+        at_target = a = torch.where(hit, dloss, 0)
         if label_smoothing:
+            at_target = a * (1 - label_smoothing)
             kept = indices[..., :k]
             w = torch.ones_like(kept) if class_weight is None else class_weight[kept.long()]
             spread = (a * (label_smoothing / k)).unsqueeze(-1) * w
-            share = share + spread.sum(-1)
+        if class_weight is not None:
+            at_target = at_target * class_weight[y]
+    share = at_target if dlse is None else dlse + at_target
+    if spread is not None:
+        share = share + spread.sum(-1)
     factor = share.unsqueeze(-1)
     if dprobs is not None:
         factor = factor + dprobs - _upstream_times(dprobs, probs).sum(-1, keepdim=True)

@@ -22,33 +22,46 @@ from torch import Tensor
 from . import backends, ops, schema
 
 
-def forward(
+def look(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor | None,
     uniform: Tensor | None,
     k: int,
     samples: int,
-    label_smoothing: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """All that is taken from the logits: the support, row_max, log_sum, the tail's probability,
+    draws, and the logits of support and target.
+    """
     topk: Any = backends.implementation(backend, "topk_ce_fwd")
     tail: Any = backends.implementation(backend, "tail_fwd")
     indices = topk(logits, target, None, k, 0.0)[2]
-    row_max, log_sum, mass, draws = tail(logits, target, indices, uniform, samples)
-    num_classes, index = logits.shape[-1], indices.long()
+    y = target.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
+    z = logits.gather(-1, torch.cat([indices.long(), y], -1))
+    return indices, *tail(logits, target, indices, uniform, samples), z
+
+
+def listed(
+    looked: tuple[Tensor, ...],
+    target: Tensor,
+    weight: Tensor | None,
+    samples: int,
+    label_smoothing: float,
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, and the list: classes and probabilities."""
+    indices, row_max, log_sum, mass, draws, z = looked
     hit = (target >= 0) & (target < num_classes)
-    y = target.clamp(0, num_classes - 1).unsqueeze(-1)
-    z = logits.gather(-1, torch.cat([index, y], -1)).to(log_sum.dtype)
+    y = target.clamp(0, num_classes - 1)
     # the maximum leaves both terms before they meet
-    nll = log_sum.unsqueeze(-1) - (z - row_max.unsqueeze(-1))
-    loss = nll[..., -1] if weight is None else nll[..., -1] * weight[y.squeeze(-1)]
+    nll = log_sum.unsqueeze(-1) - (z.to(log_sum.dtype) - row_max.unsqueeze(-1))
+    loss = nll[..., -1] if weight is None else nll[..., -1] * weight[y]
     if label_smoothing:
-        spread = nll[..., :-1] if weight is None else nll[..., :-1] * weight[index]
-        loss = (1 - label_smoothing) * loss + label_smoothing / k * spread.sum(-1)
-    p = (-nll).exp()
+        spread = nll[..., :-1] if weight is None else nll[..., :-1] * weight[indices.long()]
+        loss = (1 - label_smoothing) * loss + label_smoothing * spread.mean(-1)
+    p, y = (-nll).exp(), y.unsqueeze(-1).int()
     beside = hit & ~(indices == y).any(-1)
-    own = torch.where(beside, y.squeeze(-1), index[..., 0]).int().unsqueeze(-1)
+    own = torch.where(beside.unsqueeze(-1), y, indices[..., :1])
     drawn = draws >= 0
     share = torch.where(drawn, (mass / max(samples, 1)).unsqueeze(-1), 0)
     return (
@@ -59,6 +72,20 @@ def forward(
     )
 
 
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    uniform: Tensor | None,
+    k: int,
+    samples: int,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    looked = look(logits, target, uniform, k, samples, backend)
+    return listed(looked, target, weight, samples, label_smoothing, logits.shape[-1])
+
+
 def placed(
     pairs: Tensor, classes: Tensor, k: int, num_classes: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
@@ -67,20 +94,19 @@ def placed(
     What writes k numbers of a row writes these: a class that is listed twice has its sum in either
     place.
     """
-    g, at_target, listed, y = pairs[..., :-1], pairs[..., -1:], classes[..., :-1], classes[..., -1:]
-    g = torch.where(listed == y, g + at_target, g)
+    g, at_target, y = pairs[..., :-1], pairs[..., -1:], classes[..., -1:]
+    classes = classes[..., :-1].contiguous()
+    g = torch.where(classes == y, g + at_target, g)
     support, own, drawn = g[..., :k], g[..., k : k + 1], g[..., k + 1 :]
-    own_class, draws = listed[..., k : k + 1], listed[..., k + 1 :].contiguous()
-    own = torch.where(own_class == listed[..., :1], support[..., :1], own)
+    own_class, draws = classes[..., k : k + 1], classes[..., k + 1 :].contiguous()
+    own = torch.where(own_class == classes[..., :1], support[..., :1], own)
     times = torch.searchsorted(draws, draws, right=True) - torch.searchsorted(draws, draws)
     drawn = torch.where(draws == own_class, own, drawn * times)
     g = torch.cat([support, own, drawn], -1)
     nowhere = torch.full_like(classes[..., 0], -1, dtype=torch.int64)
     place: Any = backends.implementation(backend, "topk_ce_bwd")
     ones = torch.ones_like(g[..., 0])
-    dlogits: Tensor = place(
-        None, ones, None, nowhere, listed.contiguous(), g, None, 0.0, num_classes, dtype
-    )
+    dlogits: Tensor = place(None, ones, None, nowhere, classes, g, None, 0.0, num_classes, dtype)
     return dlogits
 
 
@@ -104,7 +130,7 @@ def _backward(
     return placed(*pairs, k, num_classes, dtype, backend)
 
 
-torch.library.impl("sparse_ce::tail_ce_fwd", "CompositeExplicitAutograd")(forward)
+torch.library.impl("sparse_ce::tail_ce_fwd", "CompositeExplicitAutograd")(_forward)
 torch.library.impl("sparse_ce::tail_ce_bwd", "CompositeExplicitAutograd")(_backward)
 tail_ce_fwd = torch.ops.sparse_ce.tail_ce_fwd.default
 tail_ce_bwd = torch.ops.sparse_ce.tail_ce_bwd.default
