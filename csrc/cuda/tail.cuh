@@ -103,9 +103,10 @@ template <class T, int THREADS> __device__ void sum_segments(const Group<THREADS
     sums[segment] = 0;
 }
 
-// Sums of segments become those of the segments before each. Returns that of all.
-template <int THREADS>
-__device__ Mass add_up(const Group<THREADS>& group, Shared<Mass> sums, Shared<Mass> warp_sums) {
+// Sums of segments become those of the segments before each; every 32nd goes to `coarse` too, side by side, as all in `sums`
+// lie in one bank. Returns that of all.
+template <int THREADS> __device__ Mass add_up(const Group<THREADS>& group, Shared<Mass> sums,
+                                              Shared<Mass> coarse, Shared<Mass> warp_sums) {
   constexpr int kWarps = Group<THREADS>::kWarps, kEach = kSegments<THREADS> / THREADS;
   const int first = group.rank * kEach, warp = group.rank / 32, lane = group.rank % 32;
   Mass mine = 0, all = 0;
@@ -120,6 +121,7 @@ __device__ Mass add_up(const Group<THREADS>& group, Shared<Mass> sums, Shared<Ma
       all += warp_sums[w];
     }
   }
+  if (kWarps > 1 && first % 32 == 0) coarse[first / 32] = before;
   for (int s = 0; s < kEach; ++s) {
     const Mass sum = sums[first + s];
     sums[first + s] = before;
@@ -137,6 +139,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   using G = Group<THREADS>;
   GROUP_MEMORY(THREADS, group);
   SHARED_ARRAY(Mass, segments, G::kPerBlock * kSegments<THREADS>);
+  SHARED_ARRAY(Mass, coarse, kSegments<THREADS> / 32);
   SHARED_ARRAY(Mass, warp_sums, G::kBlock / 32);
   const int64_t n = group.job();
   if (n >= a.logits.count) return;
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
     if (group.rank == 0 && target >= 0 && !is_kept(number_of(row[target]), target, cut, cut_index))
       subtract(target);
     group.sync();
-    all = add_up(group, sums, warp_sums);
+    all = add_up(group, sums, coarse, warp_sums);
     stride = all / static_cast<Mass>(a.samples);
   }
   if (group.rank == 0) {
@@ -188,11 +191,11 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   for (int64_t j = warp; j < a.samples; j += G::kWarps) {
     Mass place = first + static_cast<Mass>(j) * stride;
     // the last of the segments that do not begin after it, in two looks at 32 of them, or one
-    int segment = 0;
-#pragma unroll
-    for (int part = kSegments<THREADS> / 32; part > 0; part /= 32)
-      segment +=
-          part * (__popc(__ballot_sync(kAllLanes, sums[segment + lane * part] <= place)) - 1);
+    const auto last_of = [&](Shared<Mass> begins) {
+      return __popc(__ballot_sync(kAllLanes, begins[lane] <= place)) - 1;
+    };
+    int segment = G::kWarps > 1 ? 32 * last_of(coarse) : 0;
+    segment += last_of(sums + segment);
     place -= sums[segment];
 #pragma unroll 1
     for (int step = segment * length; step < (segment + 1) * length; ++step) {
