@@ -92,7 +92,7 @@ nvidia-smi >>"$log" 2>&1
 has pytest || { say "FAIL: the tests need pytest"; exit 1; }
 parallel=()
 cores=$(nproc)
-if has xdist; then parallel=(-n "${WORKERS:-$((cores < 14 ? cores : 14))}"); else note "without pytest-xdist the tests run one by one"; fi
+if has xdist; then parallel=(-n "${WORKERS:-$((cores < 14 ? cores : 14))}" --dist worksteal); else note "without pytest-xdist the tests run one by one"; fi
 has hypothesis || note "without hypothesis its tests are left out"
 has expecttest || note "without expecttest opcheck is left out"
 pytest=("$python" -m pytest -q --maxfail=20 -p no:cacheprovider -rs)
