@@ -21,7 +21,7 @@ def problem(request, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(example, "WINDOW", WINDOW)
     settings = example.Settings(
-        head_only=request.param, steps=8, validation_windows=2, learning_rate=1e-2
+        head_only=request.param, steps=8, validation_windows=2, optimizer="sgd", learning_rate=1e-2
     )
     embedding = nn.Embedding(CLASSES, FEATURES)
     network = example.Network(nn.Sequential(embedding, nn.Tanh()), embedding.weight)
@@ -74,7 +74,9 @@ def test_perplexity_is_the_dense_one_and_shares_are_of_the_dense_softmax(problem
 
 
 def test_the_split_keeps_what_is_judged_out_of_training():
-    settings = example.Settings(True, steps=1, validation_windows=1, learning_rate=1.0)
+    settings = example.Settings(
+        head_only=True, steps=1, validation_windows=1, optimizer="sgd", learning_rate=1.0
+    )
     size = 10 * (2 * example.WINDOW + 1)
     parts = example.split(list(range(size)), settings, torch.device("cpu"))
     for (inputs, target), begin in zip(parts, (0, 9 * size // 10), strict=True):
