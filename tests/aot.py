@@ -268,11 +268,13 @@ def row_instructions(case: Case, report: sass.Report) -> int:
 
 def resources(case: Case, report: sass.Report) -> dict[str, float]:
     access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
-    if case.kernel in TAIL:  # the softmax, and the look that adds up integers
-        second = [x for x in report.loops if x.count(access) and x.count("F2I")]
-        looks = {"per_chunk": round(report.per_chunk(access), 2)}
-        looks["second_look"] = min(x.instructions / x.count(access) for x in second)
-        return {"registers": report.registers, **looks}
+    if case.kernel in TAIL:  # the softmax, the look that adds up integers, and that at the draws
+        writing = [x for x in report.loops if x.count("MUFU") and x.count("STG")]
+        second = [x.instructions / x.count(access) for x in writing if x.count(access)]
+        draws = max(x.instructions for x in writing if not x.count(access))
+        draws *= case.options()["num_warps"] / case.options()["DRAWS"]
+        looks = {"per_chunk": round(report.per_chunk(access), 2), "second_look": min(second)}
+        return {"registers": report.registers, **looks, "per_draw": draws}
     if case.kernel in (*THRESHOLD, *LABELS, *PLIF):
         return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
     if case.kernel in TABLES:

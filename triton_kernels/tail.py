@@ -11,9 +11,10 @@ gets samples p_i / sum_T p, rounded down or up. The sums are of integers: the sa
 
 A program has a row. It reads it once from memory, as softmax.py does, and again for the q, from the
 cache where that holds the rows at work: the sums up to and with each segment of SEGMENT classes go
-to a scratch, 8 bytes for each. Draws are then looked for side by side: each by bisection
-among the segments, and in its own, a third look at few classes, as the number of those whose C_i
-does not exceed it.
+to a scratch, 8 bytes for each. Then every draw has a lane, which finds its segment by bisection and
+writes it where the draw goes, and after that a warp, for a third look at few classes: in the
+segment it is the number of those whose C_i does not exceed it. A lane has two neighbours of them,
+so that the sums cross no warps.
 """
 
 import torch
@@ -35,9 +36,12 @@ def _quotas(x, row_max, log_sum):
 
 
 @triton.jit
-def _is_tail(x, at, cut, cut_index, target):
+def _quotas_of_tail(row_ptr, at, wanted, V, row_max, log_sum, cut, cut_index, target):
+    """Of classes that need not exist: 0 of those, and of what is not of the tail."""
+    x = tl.load(row_ptr + at, mask=wanted & (at >= 0) & (at < V), other=float("-inf"))
     x = x.to(tl.float32)
-    return (at != target) & ((x < cut) | ((x == cut) & (at > cut_index)))
+    tail = (at != target) & ((x < cut) | ((x == cut) & (at > cut_index)))
+    return _quotas(tl.where(tail, x, float("-inf")), row_max, log_sum)
 
 
 @triton.jit
@@ -49,15 +53,39 @@ def _quota_of_edge(row_ptr, first, count, row_max, log_sum, C: tl.constexpr):
 
 
 @triton.jit
-def _add_up(sums_ptr, count, SIZE: tl.constexpr):
-    """Numbers become the sums up to and with each of them. Returns that of all."""
-    total = tl.full([], 0, tl.int64)
-    for first in tl.range(0, count, SIZE):
-        at = first + tl.arange(0, SIZE)
-        x = tl.load(sums_ptr + at, mask=at < count, other=0)
-        tl.store(sums_ptr + at, total + tl.cumsum(x, 0), mask=at < count)
-        total += tl.sum(x, 0)
-    return total
+def _add_up(sums_ptr, count, LANES: tl.constexpr):
+    """Numbers become the sums up to and with each of them. Returns that of all.
+
+    A lane goes through its share of neighbours twice; in between, once, the lanes meet.
+    """
+    each = tl.cdiv(count, LANES)
+    first = tl.arange(0, LANES) * each
+    own = tl.zeros([LANES], tl.int64)
+    for step in tl.range(0, each):
+        own += tl.load(sums_ptr + first + step, mask=first + step < count, other=0)
+    up_to = tl.cumsum(own, 0) - own
+    for step in tl.range(0, each):
+        inside = first + step < count
+        up_to += tl.load(sums_ptr + first + step, mask=inside, other=0)
+        tl.store(sums_ptr + first + step, up_to, mask=inside)
+    tl.debug_barrier()
+    return tl.load(sums_ptr + count - 1)
+
+
+@triton.jit
+def _segment_of(place, sums_ptr, last, wanted):
+    """The first segment whose sum exceeds the place, as that of the last one does."""
+    step = 1
+    while 2 * step <= last:
+        step *= 2
+    segment = (place * 0).to(tl.int32)
+    while step > 0:
+        at = segment + step - 1
+        inside = wanted & (at < last)
+        passed = inside & (tl.load(sums_ptr + at, mask=inside, other=0) <= place)
+        segment += tl.where(passed, step, 0)
+        step >>= 1
+    return segment
 
 
 @kernel
@@ -80,13 +108,12 @@ def _fwd_kernel(
     segments,
     LANES: tl.constexpr,
     SEGMENT: tl.constexpr,
-    DRAWS: tl.constexpr,  # side by side
+    DRAWS: tl.constexpr,  # side by side in the third look
     ALIGNED: tl.constexpr,
     HAS_UNIFORM: tl.constexpr,
 ):
     DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
     C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    AT_ONCE: tl.constexpr = LANES * C // SEGMENT
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_start(tl.program_id(0), rows_t, stride_b, stride_t)
     head = classes_before(row_ptr, V, ALIGNED)
@@ -98,53 +125,53 @@ def _fwd_kernel(
     if not HAS_UNIFORM:
         tl.store(mass_ptr + row, 0.0)
     else:
-        target = tl.load(target_ptr + row)
-        hit = (target >= 0) & (target < V)
-        target = tl.where(hit, target, -1).to(tl.int32)
         quotas_ptr += row * segments
-        draws_ptr += row * samples
-
+        EACH: tl.constexpr = SEGMENT // C
+        AT_ONCE: tl.constexpr = LANES // EACH
+        lane = tl.arange(0, LANES)
         steps = tl.cdiv(chunks, LANES)
         for step in tl.range(0, steps):
             # the last first: it is in the cache still, which the rows at work may exceed
             first = (steps - 1 - step) * LANES
             x, _, _ = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
-            q = tl.sum(tl.reshape(_quotas(x, row_max, log_sum), [AT_ONCE, SEGMENT]), 1)
-            place = 1 + first * C // SEGMENT + tl.arange(0, AT_ONCE)
-            tl.store(quotas_ptr + place, q, mask=place < segments)
+            q = tl.sum(tl.reshape(tl.sum(_quotas(x, row_max, log_sum), 1), [AT_ONCE, EACH]), 1)
+            # its lanes have the sum of a segment, and the first of them writes it
+            q = tl.reshape(tl.broadcast_to(q[:, None], [AT_ONCE, EACH]), [LANES])
+            place = 1 + first // EACH + lane // EACH
+            tl.store(quotas_ptr + place, q, mask=(lane % EACH == 0) & (place < segments))
         # what the loop has not seen
         last = tl.where(head < V, 1 + (V - 1 - head) // SEGMENT, 0)
-        of_head = tl.full([], 0, tl.int64)
-        of_end = of_head
-        if not ALIGNED:
-            end = head + chunks * C
-            of_head += _quota_of_edge(row_ptr, 0, head, row_max, log_sum, C)
-            of_end += _quota_of_edge(row_ptr, end, V - end, row_max, log_sum, C)
         tl.debug_barrier()
         if last > tl.cdiv(chunks * C, SEGMENT):
             tl.store(quotas_ptr + last, tl.full([], 0, tl.int64))
+        of_head = tl.full([], 0, tl.int64)
+        if not ALIGNED:
+            of_head += _quota_of_edge(row_ptr, 0, head, row_max, log_sum, C)
         tl.store(quotas_ptr, of_head)
         tl.debug_barrier()
-        tl.atomic_add(quotas_ptr + last, of_end, sem="relaxed")
+        if not ALIGNED:
+            end = head + chunks * C
+            of_end = _quota_of_edge(row_ptr, end, V - end, row_max, log_sum, C)
+            tl.atomic_add(quotas_ptr + last, of_end, sem="relaxed")
         # the list and the target are in these sums too: to take them out again costs less than
         # to compare every class
-        cut_index = tl.load(indices_ptr + row * k + k - 1)
-        cut = tl.load(row_ptr + cut_index).to(tl.float32)
         for first in tl.range(0, k, LANES):
-            rank = first + tl.arange(0, LANES)
+            rank = first + lane
             index = tl.load(indices_ptr + row * k + rank, mask=rank < k, other=0)
             z = tl.load(row_ptr + index, mask=rank < k, other=float("-inf"))
             there = tl.where(index < head, 0, 1 + (index - head) // SEGMENT)
-            tl.atomic_add(quotas_ptr + there, 0 - _quotas(z, row_max, log_sum), sem="relaxed")
-        z_y = tl.load(row_ptr + target, mask=hit, other=float("-inf"))
-        of_target = tl.where(
-            _is_tail(z_y, target, cut, cut_index, -1), _quotas(z_y, row_max, log_sum), 0
-        )
+            q = 0 - _quotas(z, row_max, log_sum)
+            tl.atomic_add(quotas_ptr + there, q, mask=rank < k, sem="relaxed")
+        cut_index = tl.load(indices_ptr + row * k + k - 1)
+        cut = tl.load(row_ptr + cut_index).to(tl.float32)
+        target = tl.load(target_ptr + row)
+        hit = (target >= 0) & (target < V)
+        target = tl.where(hit, target, -1).to(tl.int32)
+        of_target = _quotas_of_tail(row_ptr, target, hit, V, row_max, log_sum, cut, cut_index, -1)
         there = tl.where(target < head, 0, 1 + (target - head) // SEGMENT)
         tl.atomic_add(quotas_ptr + there, 0 - of_target, sem="relaxed")
         tl.debug_barrier()
-        quota = _add_up(quotas_ptr, last + 1, LANES * C // 2)
-        tl.debug_barrier()
+        quota = _add_up(quotas_ptr, last + 1, LANES)
 
         finite = tl.abs(log_sum) < float("inf")
         stride = tl.where(finite, quota, 0) // samples
@@ -152,35 +179,40 @@ def _fwd_kernel(
         tl.store(mass_ptr + row, tl.where(finite, mass, float("nan")))
         start = (tl.load(uniform_ptr + row).to(tl.float64) * stride.to(tl.float64)).to(tl.int64)
         count = tl.where(stride > 0, samples, 0)
+        draws_ptr += row * samples
+        for first in tl.range(0, samples, LANES):
+            draw = first + lane
+            wanted = draw < count
+            segment = _segment_of(start + draw * stride, quotas_ptr, last, wanted)
+            tl.store(draws_ptr + draw, tl.where(wanted, segment, -1), mask=draw < samples)
+        tl.debug_barrier()
         for first in tl.range(0, samples, DRAWS):
             draw = first + tl.arange(0, DRAWS)
             wanted = draw < count
-            place = start + draw * stride
-            # the first segment whose sum exceeds it
-            low, high = draw * 0, draw * 0 + last
-            while tl.max(high - low, 0) > 0:
-                middle = (low + high) // 2
-                reached = tl.load(quotas_ptr + middle, mask=wanted, other=0) > place
-                high = tl.where(reached, middle, high)
-                low = tl.where(reached | (low == high), low, middle + 1)
-            before = tl.load(quotas_ptr + low - 1, mask=wanted & (low > 0), other=0)
-            begin = tl.where(low > 0, head + (low - 1) * SEGMENT, 0)
-            stop = tl.where(low > 0, tl.minimum(begin + SEGMENT, V), head)
-            at = begin[:, None] + tl.arange(0, SEGMENT)[None, :]
-            inside = (at < stop[:, None]) & wanted[:, None]
-            z = tl.load(row_ptr + at, mask=inside, other=float("-inf"))
-            tail = _is_tail(z, at, cut, cut_index, target)
-            q = tl.where(tail, _quotas(z, row_max, log_sum), 0)
-            reached = before[:, None] + tl.cumsum(q, 1) > place[:, None]
-            found = begin + tl.sum((reached == 0).to(tl.int32), 1)
-            tl.store(draws_ptr + draw, tl.where(wanted, found, -1), mask=draw < samples)
+            segment = tl.load(draws_ptr + draw, mask=wanted, other=0)
+            before = tl.load(quotas_ptr + segment - 1, mask=wanted & (segment > 0), other=0)
+            place = (start + draw * stride - before)[:, None]
+            # of the classes before the first whole chunk, those before the row are none
+            begin = head + (segment - 1) * SEGMENT
+            at = begin[:, None] + 2 * tl.arange(0, SEGMENT // 2)[None, :]
+            x = _quotas_of_tail(
+                row_ptr, at, wanted[:, None], V, row_max, log_sum, cut, cut_index, target
+            )
+            y = _quotas_of_tail(
+                row_ptr, at + 1, wanted[:, None], V, row_max, log_sum, cut, cut_index, target
+            )
+            up_to = tl.cumsum(x + y, 1)
+            passed = (up_to - y <= place).to(tl.int32) + (up_to <= place).to(tl.int32)
+            found = begin + tl.sum(passed, 1)
+            # a warp may write to where another reads its segment
+            tl.debug_barrier()
+            tl.store(draws_ptr + draw, found, mask=wanted)
 
 
 def options(itemsize: int, num_classes: int) -> dict[str, int]:
     lanes = lane_options(itemsize, num_classes)
-    # half of what a step reads, or less
-    segment = min(128, lanes["LANES"] * 16 // itemsize // 2)
-    return {**lanes, "SEGMENT": segment, "DRAWS": lanes["num_warps"]}
+    # two classes for each lane of a warp, which has two draws at a time or four
+    return {**lanes, "SEGMENT": 64, "DRAWS": min(16, 4 * lanes["num_warps"])}
 
 
 def tail_fwd(
