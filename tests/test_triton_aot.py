@@ -31,6 +31,7 @@ OTHERS = [
     aot.Case("few", "float16", 256, 32, full=True),
     aot.Case("few", "bfloat16", 128, 128, full=True),
     aot.Case("few", "float32", 1000, 1000, full=True),
+    aot.Case("few", "float32", 2048, 1024, full=True),
     aot.Case("short_bwd", "float32", 512, 20, full=True),
     aot.Case("merge", "bfloat16", 2048, 20, full=True),
     aot.Case("exact", "bfloat16", aot.LONG_ROW, 20),
@@ -41,6 +42,11 @@ OTHERS = [
     aot.Case("threshold_fwd", "float32", 50257, 0, aligned=False),
     aot.Case("threshold_bwd", "bfloat16", 50257, 50257, aligned=False),
     aot.Case("tail_fwd", "bfloat16", 50257, 50257, aligned=False),
+    # of one, two and four warps
+    aot.Case("tail_fwd", "float32", 203, 203, aligned=False),
+    aot.Case("tail_fwd", "float32", 204, 204),
+    aot.Case("tail_fwd", "bfloat16", 1000, 1000, aligned=False),
+    aot.Case("tail_fwd", "float16", 2048, 2048),
     aot.Case("labels_fwd", "bfloat16", 50257, 50257, aligned=False),
     aot.Case("labels_bwd", "float32", 50257, 50257, aligned=False),
     aot.Case("plif_ce_fwd", "bfloat16", 50257, 50257, aligned=False, full=True),
@@ -73,6 +79,11 @@ VARIANTS = [
     aot.Case(
         "short_bwd", "float16", 10, 5, changes=(*PLAIN, ("dlse_ptr", None), ("dprobs_ptr", None))
     ),
+    aot.Case(
+        "short_bwd", "bfloat16", 100, 20, loss=False,
+        changes=(*PLAIN, ("dloss_ptr", None), ("dprobs_ptr", None)),
+    ),
+    aot.Case("few", "bfloat16", 2048, 1024, changes=PLAIN),
     aot.Case(
         "bwd", "bfloat16", 50257, 20, changes=(*PLAIN, ("dlse_ptr", None), ("dprobs_ptr", None))
     ),
@@ -112,9 +123,28 @@ VARIANTS = [
             ("dlse_ptr", None), ("dprobs_ptr", None), ("at_most_ptr", None), ("maxima_ptr", None),
         ),
     ),
+    aot.Case(
+        "plif_scale", "float32", 1, 1, full=True,
+        changes=(("HAS_DLOSS", False), ("dloss_ptr", None)),
+    ),
+    aot.Case(
+        "plif_scale", "float32", 1, 1,
+        changes=(
+            ("HAS_DLOSS", False), ("dloss_ptr", None), ("HAS_DLSE", True), ("dprobs_ptr", None),
+            ("at_most_ptr", None), ("maxima_ptr", None),
+        ),
+    ),
     *(aot.Case(name, "float32", width, 20) for name in aot.LINEAR for width in (1, 4097)),
-    aot.Case("reduce_fwd", "float32", 1, 1, changes=(*PLAIN, ("sums_ptr", None))),
+    *(
+        aot.Case("reduce_fwd", "float32", 1, 1, changes=(("MEAN", mean), *PLAIN, *rest))
+        for mean in (True, False)
+        for rest in ((("sums_ptr", None),), (("ALONE", False),))
+    ),
     aot.Case("reduce_fwd", "float32", 1, 1, full=True, changes=(("ALONE", False),)),
+    aot.Case(
+        "reduce_fwd", "float32", 1, 1, full=True, changes=(("MEAN", False), ("sums_ptr", None))
+    ),
+    aot.Case("reduce_join", "float32", 1, 1, changes=(("MEAN", False),)),
 ]  # fmt: skip
 SELECTED = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 20),
