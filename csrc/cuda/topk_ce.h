@@ -33,7 +33,7 @@ struct Backward {
   const void* weight;      // (classes) or null
   double label_smoothing;
   int64_t count;
-  int64_t k;  // at most kMaxK: a list may name a class twice, with the same number, and so be longer than classes
+  int64_t k;  // at most kMaxK; above classes where a list names a class twice
   int64_t classes;
   void* dlogits;  // (N, classes) of dtype, 16-byte aligned
   Dtype dtype;
