@@ -374,8 +374,8 @@ def test_dense_steps_hold_the_gradient_of_one_chunk(k, buffers):
 def test_chunks_are_alike():
     for rows in (1, 100, 128, 1000, 1050, 8192, 16384, 16400):
         for most in (0, 1, 100, 127, 128, 130, 1046, 2000):
-            size = linear._rows_of_chunk(rows, most)
-            parts = list(linear._parts(rows, size))
+            size = linear.rows_of_chunk(rows, most)
+            parts = list(linear.parts(rows, size))
             assert 1 <= size <= max(most, 1)
             if most >= 128:
                 assert size % 128 == 0 and len(parts) == -(-rows // (most - most % 128))

@@ -46,12 +46,12 @@ def is_sparse(k: int, num_classes: int, device_type: str, dtype: torch.dtype) ->
     return True if k + 1 <= break_even(device_type, dtype) * num_classes else False
 
 
-def _parts(rows: int, size: int) -> Iterator[slice]:
+def parts(rows: int, size: int) -> Iterator[slice]:
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 
-def _rows_of_chunk(rows: int, most: int) -> int:
+def rows_of_chunk(rows: int, most: int) -> int:
     """In chunks of one size: a last one of few tokens would read all of the weight. Matrix products
     go by 128 rows.
     """
@@ -67,13 +67,38 @@ def _logits(
     rows = hidden.shape[0]
     empty: Any = backends.implementation(backend, "sparse_linear_buffer")
     buffer = empty(hidden, min(chunk_rows, rows), weight.shape[1])
-    for part in _parts(rows, chunk_rows):
+    for part in parts(rows, chunk_rows):
         out = buffer[: part.stop - part.start]
         if bias is None:
             torch.mm(hidden[part], weight, out=out)
         else:
             torch.addmm(bias, hidden[part], weight, out=out)
         yield part, out
+
+
+def of_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    chunk_rows: int,
+    backend: str,
+    of_chunk: Callable[[Tensor, slice], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """What `of_chunk` finds in the logits of each chunk of tokens, side by side."""
+    found = []
+    for part, logits in _logits(
+        hidden.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype),
+        chunk_rows, backend,
+    ):  # fmt: skip
+        found.append(of_chunk(logits, part))
+    if not found:
+        # an empty batch has a chunk too, for the shapes
+        nothing = hidden.new_empty((0, weight.shape[0]), dtype=dtype)
+        found.append(of_chunk(nothing, slice(0, 0)))
+    if len(found) == 1:
+        return tuple(found[0])
+    return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
 
 
 def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -106,34 +131,21 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
             drawn = None if uniform is None else uniform[part]
             return tail.look(*arguments[:2], drawn, k, samples, backend)
 
-        found = []
-        # an empty batch has a chunk too, for the shapes
-        for part, logits in _logits(
-            hidden.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype),
-            chunk_rows, backend,
-        ):  # fmt: skip
-            found.append(of_chunk(logits, part))
-        if not found:
-            empty = hidden.new_empty((0, weight.shape[0]), dtype=dtype)
-            found.append(of_chunk(empty, slice(0, 0)))
-        if len(found) > 1:
-            found = [tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))]
+        found = of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk)
         if samples is None:
-            return tuple(found[0])
-        return tail.listed(
-            found[0], target, class_weight, samples, label_smoothing, weight.shape[0]
-        )
+            return found
+        return tail.listed(found, target, class_weight, samples, label_smoothing, weight.shape[0])
 
     return forward
 
 
-def _idle(*upstream: Tensor | None) -> Tensor:
+def idle(*upstream: Tensor | None) -> Tensor:
     """(N) bool: rows without an upstream gradient. Their gradient is 0, be they NaN themselves."""
     found = [d == 0 if d.dim() == 1 else (d == 0).all(-1) for d in upstream if d is not None]
     return torch.stack(found).all(0)
 
 
-def _gradients(
+def by_products(
     hidden: Tensor,
     weight: Tensor,
     idle: Tensor,
@@ -145,7 +157,7 @@ def _gradients(
     of hidden and weight in the dtype of the products.
     """
     statistics = schema.statistics_dtype(dtype)
-    dhidden, dweight, dbias = _empty(hidden, weight, needed, statistics)
+    dhidden, dweight, dbias = empty(hidden, weight, needed, statistics)
     hidden, wide = hidden.to(dtype), weight.to(dtype)
     for t in (dweight, dbias):
         t.zero_()
@@ -167,7 +179,7 @@ def _gradients(
     return dhidden, dweight.to(weight.dtype), dbias
 
 
-def _empty(
+def empty(
     hidden: Tensor, weight: Tensor, needed: list[bool], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, with no element where they are not needed."""
@@ -181,6 +193,30 @@ def _empty(
             (classes,) if needed[2] else (0,), dtype=schema.statistics_dtype(hidden.dtype)
         ),
     )
+
+
+def by_rows(
+    g: Tensor,
+    classes: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    needed: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By sums of rows, of the pairs g and classes (N, m)."""
+    num_classes = weight.shape[0]
+    dhidden, dweight, dbias = empty(hidden, weight, [False] * 3)
+    if needed[0]:
+        gather: Any = backends.implementation(backend, "sparse_linear_dhidden")
+        dhidden = gather(g, classes, weight, hidden.dtype)
+    add: Any = backends.implementation(backend, "sparse_linear_dweight")
+    if needed[1]:
+        dweight = add(g, classes, hidden, num_classes, weight.dtype)
+    if needed[2]:
+        # the bias is the weight of a hidden feature that is always 1
+        ones = torch.ones_like(g[:, :1])
+        dbias = add(g, classes, ones, num_classes, g.dtype).squeeze(-1)
+    return dhidden, dweight, dbias
 
 
 def _topk_backward(
@@ -222,21 +258,10 @@ def _topk_backward(
             return dlogits
 
         def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-            return ((part, of_chunk(part)) for part in _parts(hidden.shape[0], chunk_rows))
+            return ((part, of_chunk(part)) for part in parts(hidden.shape[0], chunk_rows))
 
-        return _gradients(hidden, weight, _idle(dloss, dlse, dprobs), dtype, needed, chunks)
-    dhidden, dweight, dbias = _empty(hidden, weight, [False] * 3)
-    if needed[0]:
-        gather: Any = backends.implementation(backend, "sparse_linear_dhidden")
-        dhidden = gather(g, classes, weight, hidden.dtype)
-    add: Any = backends.implementation(backend, "sparse_linear_dweight")
-    if needed[1]:
-        dweight = add(g, classes, hidden, num_classes, weight.dtype)
-    if needed[2]:
-        # the bias is the weight of a hidden feature that is always 1
-        ones = torch.ones_like(g[:, :1])
-        dbias = add(g, classes, ones, num_classes, g.dtype).squeeze(-1)
-    return dhidden, dweight, dbias
+        return by_products(hidden, weight, idle(dloss, dlse, dprobs), dtype, needed, chunks)
+    return by_rows(g, classes, hidden, weight, needed, backend)
 
 
 def _threshold_backward(
@@ -267,7 +292,7 @@ def _threshold_backward(
             statistics = (t[part] for t in (row_max, log_sum, cut, cut_index, classes_kept))
             yield part, bwd(a, b, z, target[part], *statistics, class_weight, label_smoothing)
 
-    return _gradients(hidden, weight, _idle(dloss, dlse), dtype, needed, chunks)
+    return by_products(hidden, weight, idle(dloss, dlse), dtype, needed, chunks)
 
 
 # Registration: what runs, its shapes, its derivatives.
@@ -305,15 +330,15 @@ def _(hidden, weight, bias, target, class_weight, k, label_smoothing, dtype, *re
 
 @torch.library.register_fake("sparse_ce::topk_linear_ce_bwd")
 def _(dloss, dlse, dprobs, hidden, weight, *rest):  # type: ignore[no-untyped-def]
-    return _empty(hidden, weight, rest[-2])
+    return empty(hidden, weight, rest[-2])
 
 
 @torch.library.register_fake("sparse_ce::threshold_linear_ce_bwd")
 def _(dloss, dlse, hidden, weight, *rest):  # type: ignore[no-untyped-def]
-    return _empty(hidden, weight, rest[-2])
+    return empty(hidden, weight, rest[-2])
 
 
-def _given(gradients: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | None]:
+def given(gradients: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
@@ -334,7 +359,7 @@ def _topk_autograd(
     gradients = topk_linear_ce_bwd(
         dloss, dlse, dprobs, *ctx.saved_tensors, *ctx.options, needed, ctx.backend
     )
-    return (*_given(gradients, needed), *(None,) * 10)
+    return (*given(gradients, needed), *(None,) * 10)
 
 
 def _threshold_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -352,7 +377,7 @@ def _threshold_autograd(
     needed = list(ctx.needs_input_grad[:3])
     *options, backend = ctx.options
     gradients = threshold_linear_ce_bwd(dloss, dlse, *ctx.saved_tensors, *options, needed, backend)
-    return (*_given(gradients, needed), *(None,) * 7)
+    return (*given(gradients, needed), *(None,) * 7)
 
 
 _no_second_derivative = ops.first_derivative_only(
@@ -369,7 +394,7 @@ for _name, _backward, _context in (
     ops.differentiable(_name, _backward, _context)
 
 
-class _FirstDerivative(torch.autograd.Function):
+class FirstDerivative(torch.autograd.Function):
     """Gradients of hidden and weight, which have no derivative by them."""
 
     @staticmethod
@@ -402,7 +427,7 @@ class _RowSparse(torch.autograd.Function):
         gradients = topk_linear_ce_bwd(
             dloss, dlse, dprobs, *ctx.saved_tensors, *ctx.options, needed, ctx.backend
         )
-        found = _given(gradients, needed)
+        found = given(gradients, needed)
         if ctx.needs_input_grad[1]:
             g, classes = ops.coefficients(
                 dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
@@ -421,8 +446,35 @@ class _RowSparse(torch.autograd.Function):
                 touched.long().unsqueeze(0), rows, weight.shape, is_coalesced=True,
                 check_invariants=False,
             )  # fmt: skip
-        apply: Any = _FirstDerivative.apply
+        apply: Any = FirstDerivative.apply
         return (*apply(hidden, weight, *found), *(None,) * 10)
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the logits: that of hidden, or what autocast makes of it."""
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def rows_that_count(target: Tensor, ignore_index: int) -> Tensor | None:
+    """The places of the rows that are not ignored; None: all. On a GPU, and in a compiled graph, to
+    count them would be to wait for them.
+    """
+    if target.device.type != "cpu" or not checks.has_values(target):
+        return None
+    kept = (target != ignore_index).nonzero().squeeze(-1)
+    return None if kept.shape[0] == target.shape[0] else kept
+
+
+def rows_of_buffer(
+    hidden: Tensor, num_classes: int, dtype: torch.dtype, chunk_bytes: int | None
+) -> int:
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
+    return rows_of_chunk(hidden.shape[0], chunk_bytes // (num_classes * dtype.itemsize))
 
 
 @overload
@@ -539,10 +591,7 @@ def fused_linear_sparse_ce(
     checks.backend(backend)
     checks.target_range(target, num_classes, ignore_index)
     k = num_classes if k is None else min(k, num_classes)
-    dtype = hidden.dtype
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     row_target = target.reshape(-1).to(torch.int64).contiguous()
     if class_weight is not None:
@@ -566,18 +615,11 @@ def fused_linear_sparse_ce(
     if backward == "auto" and not sparse:
         sparse = is_sparse(k + (samples or 0), num_classes, device, dtype)
 
-    # on a GPU, and in a compiled graph, to count the ignored rows is to wait for them
-    kept = None
-    if device == "cpu" and not return_support and checks.has_values(target):
-        kept = (row_target != ignore_index).nonzero().squeeze(-1)
-        if kept.shape[0] == row_target.shape[0]:
-            kept = None
+    kept = None if return_support else rows_that_count(row_target, ignore_index)
     counted = row_target
     if kept is not None:
         rows, counted = rows[kept], row_target[kept]
-    if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES if device == "cpu" else CHUNK_BYTES_GPU
-    chunk_rows = _rows_of_chunk(rows.shape[0], chunk_bytes // (num_classes * dtype.itemsize))
+    chunk_rows = rows_of_buffer(rows, num_classes, dtype, chunk_bytes)
     arguments = (
         rows, weight.contiguous(), bias, counted, class_weight, k, float(label_smoothing), dtype,
         chunk_rows,
