@@ -543,7 +543,7 @@ def mesh(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["logits", "target", "weight"])
 def test_dtensor(mesh, name):
-    """SPEC 7: until it is supported the error names vocab_parallel_sparse_ce."""
+    """SPEC 7: the error names vocab_parallel_sparse_ce."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     plain = {"logits": LOGITS, "target": TARGET, "weight": torch.ones(5)}

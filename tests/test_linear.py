@@ -74,13 +74,15 @@ class LinearTruth:
         self.terms = {"dhidden": k + 1, "dweight": h.shape[0], "dbias": h.shape[0]}
         self.unit = truth.unit
 
-    def assert_gradients(self, dense=False, chunks=1, **found):
+    def assert_gradients(self, dense=False, chunks=1, shards=1, **found):
         for name, gradient in found.items():
             size, eps = self.size[name], torch.finfo(self.rounded[name]).eps
             # float32 sums of that many products, in any order; then one rounding to the output
             tolerance = self.error[name] + self.unit * (self.terms[name] + 1) / 2 * size
             if dense:  # dlogits is rounded to the dtype of the product, and the sum of each chunk
                 tolerance += (1 + chunks) * torch.finfo(self.dtype).eps * size
+            if name == "dhidden" and shards > 1:  # that of each shard is rounded, then their sum
+                tolerance += shards * eps / 2 * size
             tolerance += (self.expected[name].abs() + tolerance) * eps / 2
             assert gradient.dtype == self.rounded[name]
             expected = self.expected[name].reshape(gradient.shape)

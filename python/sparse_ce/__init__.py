@@ -12,6 +12,7 @@ from .continuous import continuous_output_loss
 from .functional import fused_sparse_ce, sparse_softmax
 from .linear import fused_linear_sparse_ce
 from .modules import ContinuousOutputHead, SparseCrossEntropyLoss, SparseLinearCrossEntropy
+from .parallel import vocab_parallel_linear_sparse_ce, vocab_parallel_sparse_ce
 from .plif import MonotonicPLIF
 from .schedule import AdaptiveAccumulation, KSchedule
 from .support import Support
@@ -31,4 +32,6 @@ __all__ = [
     "fused_linear_sparse_ce",
     "fused_sparse_ce",
     "sparse_softmax",
+    "vocab_parallel_linear_sparse_ce",
+    "vocab_parallel_sparse_ce",
 ]

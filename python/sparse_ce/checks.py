@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from . import backends
 
@@ -26,8 +26,9 @@ def _no_dtensor(name: str, value: object) -> None:
             else "pass full_tensor(), or call the module that holds it: FSDP then gathers it"
         )
         raise TypeError(
-            f"{name}: expected a plain torch.Tensor, got a DTensor; {remedy}; classes that stay "
-            "sharded over ranks need vocab_parallel_sparse_ce, which this version does not have"
+            f"{name}: expected a plain torch.Tensor, got a DTensor; {remedy}; where its classes "
+            "are sharded over ranks pass to_local() to vocab_parallel_sparse_ce, or to "
+            "vocab_parallel_linear_sparse_ce"
         )
 
 
@@ -45,6 +46,10 @@ def has_values(tensor: Tensor) -> bool:
     # imported already where there is one; that takes a second
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is None or not isinstance(tensor, fake.FakeTensor)
+
+
+def debugging() -> bool:
+    return os.environ.get("SPARSE_CE_DEBUG", "0") == "1"
 
 
 def _kind(value: object) -> str:
@@ -117,7 +122,7 @@ def target_range(value: Tensor, num_classes: int, ignore_index: int) -> None:
     """
     if not has_values(value):
         return
-    if value.device.type != "cpu" and os.environ.get("SPARSE_CE_DEBUG", "0") != "1":
+    if value.device.type != "cpu" and not debugging():
         return
     if value.numel() == 0:
         return
@@ -242,6 +247,60 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias: expected shape ({weight.shape[0]},) or None, got {tuple(bias.shape)}"
+        )
+
+
+def process_group(value: Any) -> None:
+    """The ranks over which classes are sharded; None: all."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(
+            "group: expected torch.distributed to be initialised, got a process without it; call "
+            "torch.distributed.init_process_group, or fused_sparse_ce where there is one rank"
+        )
+    elsewhere = value == distributed.GroupMember.NON_GROUP_MEMBER
+    if value is not None and not (elsewhere or isinstance(value, distributed.ProcessGroup)):
+        raise TypeError(f"group: expected a ProcessGroup or None, got {_kind(value)}")
+    if elsewhere or distributed.get_rank(value) < 0:
+        raise ValueError("group: expected one that this rank is in, got one of other ranks")
+
+
+def shard_sizes(value: Sequence[int], rank: int, ranks: int, classes: int) -> None:
+    """The classes of each rank, of which this one has `classes`."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"shard_sizes: expected a sequence of ints or None, got {_kind(value)}")
+    for size in value:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"shard_sizes: expected ints, got {_kind(size)}")
+        if size < 1:
+            raise ValueError(f"shard_sizes: expected at least 1 class of each rank, got {size}")
+    if len(value) != ranks:
+        raise ValueError(f"shard_sizes: expected one for each of {ranks} ranks, got {len(value)}")
+    if value[rank] != classes:
+        raise ValueError(
+            f"shard_sizes: expected {classes}, what this rank has, at shard_sizes[{rank}], got "
+            f"{value[rank]}"
+        )
+
+
+def k_of_shards(value: int, sizes: Sequence[int]) -> None:
+    """With the softmax of all classes every shard keeps k, and draws from the others."""
+    if value >= min(sizes):
+        raise ValueError(
+            f"k: expected k < {min(sizes)}, the classes of the smallest shard, with "
+            f"normalizer='full', got {value}"
+        )
+
+
+def gathered_sizes(value: Tensor, sizes: Sequence[int]) -> None:
+    """What every rank says that it has, (R, N), where looking costs no synchronisation."""
+    if not has_values(value) or value.shape[-1] == 0:
+        return
+    if value.device.type != "cpu" and not debugging():
+        return
+    found = [int(size) for size in value[:, 0]]
+    if found != list(sizes):
+        raise ValueError(
+            f"shard_sizes: expected {found}, the classes that the ranks have, got {list(sizes)}"
         )
 
 

@@ -380,10 +380,11 @@ def _threshold_autograd(
     return (*given(gradients, needed), *(None,) * 7)
 
 
-_no_second_derivative = ops.first_derivative_only(
+_REFUSAL = (
     "fused_linear_sparse_ce",
     "; fused_sparse_ce(torch.nn.functional.linear(hidden, weight), ...) has second derivatives",
 )
+_no_second_derivative = ops.first_derivative_only(*_REFUSAL)
 
 for _name, _backward, _context in (
     ("topk_linear_ce_fwd", _topk_autograd, _topk_context),
@@ -392,19 +393,6 @@ for _name, _backward, _context in (
     ("threshold_linear_ce_bwd", _no_second_derivative, None),
 ):
     ops.differentiable(_name, _backward, _context)
-
-
-class FirstDerivative(torch.autograd.Function):
-    """Gradients of hidden and weight, which have no derivative by them."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *gradients: Tensor | None) -> Any:
-        # what a function passes on as it is becomes a view, and a sparse tensor has none
-        return tuple(None if g is None else g.detach() for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        _no_second_derivative()
 
 
 class _RowSparse(torch.autograd.Function):
@@ -446,8 +434,8 @@ class _RowSparse(torch.autograd.Function):
                 touched.long().unsqueeze(0), rows, weight.shape, is_coalesced=True,
                 check_invariants=False,
             )  # fmt: skip
-        apply: Any = FirstDerivative.apply
-        return (*apply(hidden, weight, *found), *(None,) * 10)
+        found = ops.without_derivative(*_REFUSAL, (hidden, weight), found)
+        return (*found, *(None,) * 10)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:

@@ -96,6 +96,31 @@ def first_derivative_only(what: str, instead: str = "") -> Callable[..., NoRetur
     return backward
 
 
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, what: str, instead: str, count: int, *tensors: Any) -> Any:
+        ctx.what, ctx.instead = what, instead
+        # what a function passes on as it is becomes a view, and a sparse tensor has none
+        return tuple(None if g is None else g.detach() for g in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        first_derivative_only(ctx.what, ctx.instead)()
+
+
+def without_derivative(
+    what: str, instead: str, of: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients that a function of torch computes from `of`: whoever asks for their derivative is
+    refused as by `first_derivative_only`, where torch would take them for constants without a word.
+    """
+    if torch.compiler.is_compiling():
+        # which refuses by itself
+        return list(gradients)
+    apply: Any = _WithoutDerivative.apply
+    return list(apply(what, instead, len(of), *of, *gradients))
+
+
 def _refuse_tangents(inputs: Sequence[Any]) -> None:
     unpack: Any = forward_ad.unpack_dual
     for value in inputs:
@@ -229,7 +254,7 @@ differentiable("topk_ce_fwd", _topk_fwd_backward, _topk_fwd_context)
 differentiable("topk_ce_bwd", _topk_bwd_backward, _topk_bwd_context)
 
 
-def _upstream_times(upstream: Tensor, value: Tensor) -> Tensor:
+def upstream_times(upstream: Tensor, value: Tensor) -> Tensor:
     """What has no upstream gradient stays 0 where its own numbers are NaN."""
     return torch.where(upstream == 0, 0, upstream * value)
 
@@ -269,8 +294,8 @@ def coefficients(
         share = share + spread.sum(-1)
     factor = share.unsqueeze(-1)
     if dprobs is not None:
-        factor = factor + dprobs - _upstream_times(dprobs, probs).sum(-1, keepdim=True)
-    g = _upstream_times(factor, probs)
+        factor = factor + dprobs - upstream_times(dprobs, probs).sum(-1, keepdim=True)
+    g = upstream_times(factor, probs)
     if spread is not None:
         g = g - torch.nn.functional.pad(spread, (0, g.shape[-1] - k))
     pairs = torch.cat([g, -at_target.unsqueeze(-1)], -1)
@@ -340,7 +365,7 @@ def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, 
         s = s + torch.where(hit, a * factor, 0)
         g_y = g.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         da = torch.where(hit, factor * gp - smooth * (w * g).sum(-1) - keep * w_y * g_y, 0)
-    dz = _upstream_times(s.unsqueeze(-1), p * (g - gp.unsqueeze(-1)))
+    dz = upstream_times(s.unsqueeze(-1), p * (g - gp.unsqueeze(-1)))
     db = None if b is None else gp
     return (da, db, dz.to(logits.dtype), *(None,) * 9)
 
@@ -406,7 +431,7 @@ def _labels_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...
     )
     gq, gr = (g * q).sum(-1), (g * r).sum(-1)
     dz = q * (g - gq.unsqueeze(-1)) + r * (g - gr.unsqueeze(-1))
-    dz = _upstream_times(a.unsqueeze(-1), dz)
+    dz = upstream_times(a.unsqueeze(-1), dz)
     return (gq - gr, dz.to(logits.dtype), *(None,) * 6)
 
 
@@ -678,9 +703,9 @@ def _cosine_coefficients_backward(
     a, b = (t.unsqueeze(-1) / square for t in (alpha, beta))
     dc = torch.zeros_like(c)
     if dalpha is not None:
-        dc = dc - _upstream_times(dalpha.unsqueeze(-1), a * c)
+        dc = dc - upstream_times(dalpha.unsqueeze(-1), a * c)
     if dbeta is not None:
-        dc = dc - _upstream_times(dbeta.unsqueeze(-1), 3 * b * c + a * e)
+        dc = dc - upstream_times(dbeta.unsqueeze(-1), 3 * b * c + a * e)
     return torch.where(directed, dc, 0).to(output.dtype)
 
 
@@ -699,7 +724,7 @@ def _cosine_bwd_backward(ctx: Any, ddoutput: Tensor) -> tuple[Tensor | None, ...
     ge = (g * _cosine_vectors(target, embedding, alpha.dtype)).sum(-1)
     # a row without a hit, or without a direction, has no derivative at all
     gc, ge = (torch.where(alpha != 0, dot, 0) for dot in (gc, ge))
-    dbeta, dalpha, share = (_upstream_times(dloss, factor) for factor in (gc, ge, beta))
+    dbeta, dalpha, share = (upstream_times(dloss, factor) for factor in (gc, ge, beta))
     dc = (share.unsqueeze(-1) * g).to(output.dtype)
     return beta * gc + alpha * ge, dc, None, None, dbeta, dalpha, None
 

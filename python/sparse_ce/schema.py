@@ -246,13 +246,15 @@ SIGNATURES = {
     ),
 }
 
-# Compositions of the operators above, the same on every backend; implemented in linear.py, and in
-# tail.py and plif.py those of tail and plif. `uniform` and `samples`, where they are given, are
-# those of tail: the softmax is that of all classes, and the lists of k are longer, as tail.py says.
+# Compositions of the operators above, the same on every backend; implemented in linear.py, in
+# tail.py and plif.py those of tail and plif, in parallel.py those of the list of a shard. `uniform`
+# and `samples`, where they are given, are those of tail: the softmax is that of all classes, and
+# the lists of k are longer, as tail.py says.
 _LINEAR = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, SymInt k, "
     "float label_smoothing, ScalarType dtype, SymInt chunk_rows"
 )
+_LIST = "(Tensor values, Tensor classes, Tensor row_max, Tensor log_sum, Tensor share)"
 COMPOSITIONS = {
     "tail_ce_fwd": (
         "Tensor logits, Tensor target, Tensor? weight, Tensor? uniform, SymInt k, SymInt samples, "
@@ -283,6 +285,24 @@ COMPOSITIONS = {
         "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor hidden, Tensor weight, Tensor target, "
         "Tensor indices, Tensor probs, Tensor? class_weight, SymInt k, float label_smoothing, "
         "ScalarType dtype, SymInt chunk_rows, bool sparse, bool[3] needed",
+        "(Tensor dhidden, Tensor dweight, Tensor dbias)",
+    ),
+    "listed_fwd": (
+        "Tensor logits, Tensor target, Tensor? uniform, SymInt k, SymInt? samples",
+        _LIST,
+    ),
+    "listed_bwd": (
+        "Tensor dvalues, Tensor classes, SymInt k, SymInt num_classes, ScalarType dtype",
+        "Tensor",
+    ),
+    "listed_linear_fwd": (
+        "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? uniform, SymInt k, "
+        "SymInt? samples, ScalarType dtype, SymInt chunk_rows, bool sparse",
+        _LIST,
+    ),
+    "listed_linear_bwd": (
+        "Tensor dvalues, Tensor classes, Tensor hidden, Tensor weight, SymInt k, ScalarType dtype, "
+        "SymInt chunk_rows, bool sparse, bool[3] needed",
         "(Tensor dhidden, Tensor dweight, Tensor dbias)",
     ),
     "threshold_linear_ce_fwd": (_LINEAR, _THRESHOLD_OUTPUTS),

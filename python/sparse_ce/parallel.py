@@ -1,0 +1,730 @@
+"""Classes sharded over the ranks of a process group: vocabulary-parallel.
+
+Every rank holds the logits of some of the classes, of all rows. It lists its own k largest, and the
+ranks exchange the lists, k + 1 logits and k classes a row: the k largest of all classes are among
+them, and so is all that the loss needs. What is then a small problem, a row of as many logits as
+were listed, goes through the loss of ``fused_sparse_ce`` on every rank alike; of its gradient each
+rank keeps that of its own list, and places it. Backward exchanges nothing.
+
+    forward   list k of V / R classes  ->  gather (N, 2k + 1) of R ranks  ->  topk_ce of R k + 1
+    backward  topk_ce of R k + 1  ->  the rank's own k + 1  ->  (N, V / R), or sums of rows
+
+In the merged row the shards stand in the order of their classes, each sorted by (value desc, index
+asc): of equal logits the lowest class comes first, as in a row that nobody has cut, and the listed
+classes are the same, bit for bit. Where no shard lists the target, its logit has the last place of
+the merged row, where it is never among the k largest: k of its own shard come before it.
+
+The softmax of all classes needs no lists: the ranks exchange the maximum and the log-sum of each
+shard, and the loss of the target in its own. With those of all classes threshold_ce makes the
+gradient of a shard of the dense softmax. With normalizer="full" (tail.py) it is that of the list of
+the shard, and of draws from what is not listed there; so each keeps k classes of its own.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from . import backends, checks, functional, linear, ops, schema, tail
+from .support import Support
+
+
+def _wait(tensor: Tensor) -> Tensor:
+    waited: Tensor = torch.ops._c10d_functional.wait_tensor(tensor)
+    return waited
+
+
+class _Shards(NamedTuple):
+    """Who holds which classes."""
+
+    sizes: tuple[int, ...]  # classes of each rank
+    rank: int
+    group: str  # the name by which the operators of torch know the group
+
+    @property
+    def size(self) -> int:
+        return self.sizes[self.rank]
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def num_classes(self) -> int:
+        return sum(self.sizes)
+
+    def owner(self, target: Tensor) -> Tensor:
+        """(N): the rank that holds the target; of one out of range the first or the last."""
+        owner = torch.zeros_like(target)
+        for end in itertools.accumulate(self.sizes[:-1]):
+            owner += target >= end
+        return owner
+
+    def has(self, target: Tensor) -> Tensor:
+        """(N) bool: it is a class."""
+        return (target >= 0) & (target < self.num_classes)
+
+    def gathered(self, mine: Tensor) -> Tensor:
+        """(R, ...): what every rank has."""
+        gather: Any = torch.ops._c10d_functional.all_gather_into_tensor
+        ranks = len(self.sizes)
+        found: Tensor = _wait(gather(mine.contiguous(), ranks, self.group))
+        return found.view(ranks, *mine.shape)
+
+
+class _Plan(NamedTuple):
+    """What is to be done, found out once. Where the classes lie in several places a list alone
+    finds the k largest, whatever k.
+    """
+
+    shards: _Shards
+    k: int
+    samples: int | None  # draws of a shard, where the softmax is that of all classes
+    listed: bool  # otherwise the dense softmax
+    return_support: bool
+    backend: str
+
+    @property
+    def own_k(self) -> int:
+        return min(self.k, self.shards.size)
+
+
+def _shards(
+    group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, classes: int
+) -> _Shards:
+    checks.process_group(group)
+    group = dist.group.WORLD if group is None else group
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    sizes = (classes,) * ranks if shard_sizes is None else shard_sizes
+    checks.shard_sizes(sizes, rank, ranks, classes)
+    return _Shards(tuple(sizes), rank, group.group_name)  # type: ignore[union-attr]
+
+
+def _plan(
+    k: int | None,
+    group: dist.ProcessGroup | None,
+    shard_sizes: Sequence[int] | None,
+    classes: int,
+    normalizer: str,
+    tail_samples: int,
+    return_support: bool,
+    device: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> _Plan:
+    checks.k(k)
+    shards = _shards(group, shard_sizes, classes)
+    k = shards.num_classes if k is None else min(k, shards.num_classes)
+    fewer = functional.is_fewer(k, shards.num_classes)
+    samples = functional.samples_of(normalizer, tail_samples) if fewer else None
+    if samples is not None:
+        checks.k_of_shards(k, shards.sizes)
+    listed = fewer or return_support
+    large = listed and functional.is_large(k + 1 + (samples or 0))
+    name = backends.resolve(backend, device, dtype, large)
+    return _Plan(shards, k, samples, listed, return_support, name)
+
+
+# The list of a shard. `classes` (N, k + 1 + samples) int32 are its k largest; the target where the
+# shard has it outside of them, otherwise the first once more; and the draws. `values` are their
+# logits. Where `samples` is given, row_max, log_sum (N) are of all classes of the shard, and
+# `share` (N) is what each draw stands for, of the shard's softmax; otherwise they are empty.
+
+
+def _listed(
+    logits: Tensor,
+    target: Tensor,
+    uniform: Tensor | None,
+    k: int,
+    samples: int | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    topk: Any = backends.implementation(backend, "topk_ce_fwd")
+    indices = topk(logits, target, None, k, 0.0)[2]
+    y = target.unsqueeze(-1)
+    beside = (y >= 0) & (y < logits.shape[-1]) & ~(indices == y).any(-1, keepdim=True)
+    own = torch.where(beside, y.int(), indices[:, :1])
+    classes, of_all = [indices, own], None
+    if samples is not None:
+        draw: Any = backends.implementation(backend, "tail_fwd")
+        row_max, log_sum, mass, draws = draw(logits, target, indices, uniform, samples)
+        drawn = draws >= 0
+        classes.append(torch.where(drawn, draws, own))
+        of_all = row_max, log_sum, torch.where(drawn.any(-1), mass / max(samples, 1), 0)
+    listed = torch.cat(classes, -1)
+    values = logits.gather(-1, listed.long()).to(schema.statistics_dtype(logits.dtype))
+    return values, listed, *(of_all or (values.new_empty(0) for _ in range(3)))
+
+
+def _placed(
+    dvalues: Tensor,
+    classes: Tensor,
+    k: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    # no target beside the list
+    pairs = torch.nn.functional.pad(dvalues, (0, 1))
+    classes = torch.nn.functional.pad(classes, (0, 1), value=-1)
+    return tail.placed(pairs, classes, k, num_classes, dtype, backend)
+
+
+def _linear_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    uniform: Tensor | None,
+    k: int,
+    samples: int | None,
+    dtype: torch.dtype,
+    chunk_rows: int,
+    sparse: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    def of_chunk(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
+        drawn = None if uniform is None else uniform[part]
+        return _listed(logits, target[part], drawn, k, samples, backend)
+
+    return linear.of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk)
+
+
+def _linear_backward(
+    dvalues: Tensor,
+    classes: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    dtype: torch.dtype,
+    chunk_rows: int,
+    sparse: bool,
+    needed: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if sparse:
+        return linear.by_rows(dvalues.contiguous(), classes, hidden, weight, needed, backend)
+
+    def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for part in linear.parts(hidden.shape[0], chunk_rows):
+            g = _placed(dvalues[part], classes[part], k, weight.shape[0], dtype, backend)
+            yield part, g
+
+    return linear.by_products(hidden, weight, linear.idle(dvalues), dtype, needed, chunks)
+
+
+for _name, _function in (
+    ("listed_fwd", _listed),
+    ("listed_bwd", _placed),
+    ("listed_linear_fwd", _linear_forward),
+    ("listed_linear_bwd", _linear_backward),
+):
+    torch.library.impl(f"sparse_ce::{_name}", "CompositeExplicitAutograd")(_function)
+listed_fwd = torch.ops.sparse_ce.listed_fwd.default
+listed_bwd = torch.ops.sparse_ce.listed_bwd.default
+listed_linear_fwd = torch.ops.sparse_ce.listed_linear_fwd.default
+listed_linear_bwd = torch.ops.sparse_ce.listed_linear_bwd.default
+
+
+def _empty_list(
+    like: Tensor, k: int, samples: int | None, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    rows, statistics = like.shape[0], schema.statistics_dtype(dtype)
+    listed = (rows, k + 1 + (samples or 0))
+    of_all = (like.new_empty(0 if samples is None else rows, dtype=statistics) for _ in range(3))
+    return (
+        like.new_empty(listed, dtype=statistics),
+        like.new_empty(listed, dtype=torch.int32),
+        *of_all,
+    )
+
+
+@torch.library.register_fake("sparse_ce::listed_fwd")
+def _(logits, target, uniform, k, samples, backend):  # type: ignore[no-untyped-def]
+    return _empty_list(logits, k, samples, logits.dtype)
+
+
+@torch.library.register_fake("sparse_ce::listed_bwd")
+def _(dvalues, classes, k, num_classes, dtype, backend):  # type: ignore[no-untyped-def]
+    return dvalues.new_empty((dvalues.shape[0], num_classes), dtype=dtype)
+
+
+@torch.library.register_fake("sparse_ce::listed_linear_fwd")
+def _(hidden, weight, bias, target, uniform, k, samples, dtype, *rest):  # type: ignore[no-untyped-def]
+    return _empty_list(hidden, k, samples, dtype)
+
+
+@torch.library.register_fake("sparse_ce::listed_linear_bwd")
+def _(dvalues, classes, hidden, weight, *rest):  # type: ignore[no-untyped-def]
+    return linear.empty(hidden, weight, rest[-2])
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, _, ctx.k, _, ctx.backend = inputs
+    ctx.num_classes, ctx.dtype = logits.shape[-1], logits.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
+
+
+def _autograd(ctx: Any, dvalues: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    options = (ctx.k, ctx.num_classes, ctx.dtype, ctx.backend)
+    return listed_bwd(dvalues, *ctx.saved_tensors, *options), *(None,) * 5
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, _, _, k, _, *options, ctx.backend = inputs
+    ctx.options = k, *options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1], hidden, weight)
+
+
+def _linear_autograd(ctx: Any, dvalues: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    found = listed_linear_bwd(dvalues, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
+    return (*linear.given(found, needed), *(None,) * 8)
+
+
+# the gradient of a rank's gradient would need those of the others
+_no_second_derivative = ops.first_derivative_only("vocab_parallel_sparse_ce")
+
+
+def _without_derivative(
+    of: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    return ops.without_derivative("vocab_parallel_sparse_ce", "", of, gradients)
+
+
+for _name, _backward, _setup in (
+    ("listed_fwd", _autograd, _context),
+    ("listed_linear_fwd", _linear_autograd, _linear_context),
+    ("listed_bwd", _no_second_derivative, None),
+    ("listed_linear_bwd", _no_second_derivative, None),
+):
+    ops.differentiable(_name, _backward, _setup)
+
+
+def _merged(
+    values: Tensor, classes: Tensor, target: Tensor, k: int, shards: _Shards
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A row of what all shards listed, without draws: its logits (N, C + 1), with the gradient of
+    the own ones; their classes (N, C + 1) int32; the place of the target (N), -1 where it is out of
+    range.
+    """
+    lists = [min(k, size) for size in shards.sizes]
+    most, own = max(lists), lists[shards.rank]
+    # as integers, beside which the classes travel in the same message, and the size of the shard
+    bits = torch.int64 if values.dtype == torch.float64 else torch.int32
+    mine = values[:, :own], values[:, own]
+    numbers = values.detach().view(bits)
+    message = torch.cat(
+        [
+            _padded(numbers[:, :own], most),
+            _padded((classes[:, :own] + shards.start).to(bits), most),
+            numbers[:, own : own + 1],
+            numbers.new_full((numbers.shape[0], 1), shards.size),
+        ],
+        -1,
+    )
+    messages = shards.gathered(message)
+    checks.gathered_sizes(messages[..., -1], shards.sizes)
+    columns, names, at_target = [], [], []
+    for rank, size in enumerate(lists):
+        theirs = (messages[rank, :, place].view(values.dtype) for place in (slice(size), -2))
+        of_rank, last = mine if rank == shards.rank else theirs
+        columns.append(of_rank)
+        names.append(messages[rank, :, most : most + size].int())
+        at_target.append(last)
+    listed, y = torch.cat(names, -1), target.unsqueeze(-1)
+    found = listed == y
+    inside, has = found.any(-1, keepdim=True), shards.has(y)
+    place = torch.where(inside, found.int().argmax(-1, keepdim=True), listed.shape[-1])
+    value = torch.stack(at_target, -1).gather(-1, shards.owner(y))
+    columns.append(torch.where(has & ~inside, value, -torch.inf))
+    names = [listed, y.int()]
+    return torch.cat(columns, -1), torch.cat(names, -1), torch.where(has, place, -1).squeeze(-1)
+
+
+def _padded(of_rank: Tensor, most: int) -> Tensor:
+    return torch.nn.functional.pad(of_rank, (0, most - of_rank.shape[-1]))
+
+
+def _joined(
+    row_max: Tensor, log_sum: Tensor, loss: Tensor, target: Tensor, shards: _Shards
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all classes, what the arguments are of this shard: the loss where it has the target."""
+    # of a row whose classes are all masked here the sum is not a number, but nothing
+    empty = row_max == -torch.inf
+    loss, log_sum = loss.masked_fill(empty, 0), log_sum.masked_fill(empty, 0)
+    message = torch.stack([row_max, log_sum, loss, torch.full_like(loss, shards.size)])
+    maxima, log_sums, losses, sizes = shards.gathered(message).unbind(1)
+    checks.gathered_sizes(sizes, shards.sizes)
+    row_max = maxima.amax(0)
+    sums = log_sums + (maxima - row_max)
+    log_sum = sums.logsumexp(0)
+    owner = shards.owner(target).unsqueeze(0)
+    # the loss in the target's own shard, and what the others add: both at least 0
+    others = (log_sum - sums.gather(0, owner).squeeze(0)).clamp(min=0)
+    loss = losses.gather(0, owner).squeeze(0) + others
+    return row_max, log_sum, loss.masked_fill(~shards.has(target), torch.nan)
+
+
+class _Sloped(torch.autograd.Function):
+    """A number of each row whose derivatives by `values` are known."""
+
+    @staticmethod
+    def forward(ctx: Any, number: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(values, slopes)
+        return number.view_as(number)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        values, slopes = ctx.saved_tensors
+        found = ops.upstream_times(upstream.unsqueeze(-1), slopes)
+        return None, *_without_derivative((values,), (found,)), None
+
+
+def _of_lists(found: tuple[Tensor, ...], target: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+    """loss, lse, indices, probs, as topk_ce_fwd of all classes; with `samples`, that is with the
+    softmax of all classes, the loss alone where nobody asks for the support.
+    """
+    values, classes, row_max, log_sum, share = found
+    shards, k, samples = plan.shards, plan.k, plan.samples
+    if samples is None:
+        row, names, place = _merged(values, classes, target, k, shards)
+        loss, lse, places, probs = ops.topk_ce_fwd(row, place, None, k, 0.0, plan.backend)
+        return loss, lse, names.gather(-1, places.long()), probs
+    # the target is where it stands first; the draws are none
+    z, names = values.detach()[:, : k + 1], classes[:, : k + 1]
+    once = torch.nn.functional.pad(names[:, -1:] != names[:, :1], (k, 0), value=True)
+    at_target = once & (names == (target - shards.start).unsqueeze(-1))
+    z_y = torch.where(at_target, z, -torch.inf).amax(-1)
+    loss = log_sum - (z_y - row_max)
+    highest, total, loss = _joined(row_max, log_sum, loss, target, shards)
+    p = torch.where(once, ((z - highest.unsqueeze(-1)) - total.unsqueeze(-1)).exp(), 0)
+    of_draw = share * ((row_max - highest) + (log_sum - total)).exp()
+    of_draw = torch.where(share == 0, 0, of_draw).unsqueeze(-1).expand(-1, samples)
+    slopes = torch.cat([p, of_draw], -1)
+    of_loss = slopes - torch.nn.functional.pad(at_target.to(p.dtype), (0, samples))
+    of_loss = torch.where(shards.has(target).unsqueeze(-1), of_loss, 0)
+    sloped: Any = _Sloped.apply
+    loss = sloped(loss, values, of_loss)
+    if not plan.return_support:
+        return (loss,)
+    log_sum = sloped(total, values, slopes)
+    row, names, place = _merged(values, classes, target, k, shards)
+    places = ops.topk_ce_fwd(row.detach(), place, None, k, 0.0, plan.backend)[2].long()
+    exponent = (row.gather(-1, places) - highest.unsqueeze(-1)) - log_sum.unsqueeze(-1)
+    # a row without numbers has no gradient either
+    number = total.isfinite().unsqueeze(-1)
+    probs = torch.where(number, torch.where(number, exponent, 0).exp(), torch.nan)
+    return loss, highest + log_sum, names.gather(-1, places), probs
+
+
+class _Dense(torch.autograd.Function):
+    """The loss of the dense softmax, of logits or of hidden, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        shards: _Shards,
+        options: tuple[Any, ...],  # dtype and chunk_rows of linear.py
+        backend: str,
+        target: Tensor,
+        local: Tensor,  # the target as a class of this shard
+        *inputs: Tensor,
+    ) -> Tensor:
+        fwd = linear.threshold_linear_ce_fwd if options else ops.threshold_ce_fwd
+        size = shards.size
+        delta = () if options else (1.0,)
+        loss, _, row_max, log_sum, *cut = fwd(
+            *inputs, local, None, size, *delta, 0.0, *options, backend
+        )
+        row_max, log_sum, loss = _joined(row_max, log_sum, loss, target, shards)
+        ctx.options, ctx.backend, ctx.shards = options, backend, shards
+        ctx.save_for_backward(target, local, *inputs, row_max, log_sum, *cut)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        target, local, *rest = ctx.saved_tensors
+        inputs, statistics = rest[:-5], rest[-5:]
+        bwd = linear.threshold_linear_ce_bwd if ctx.options else ops.threshold_ce_bwd
+        # a target of another shard is no hit here: its share of the softmax comes as that of lse
+        here = (local >= 0) & (local < ctx.shards.sizes[ctx.shards.rank])
+        dlse = torch.where(ctx.shards.has(target) & ~here, dloss, 0)
+        needed = list(ctx.needs_input_grad[5:])
+        found = bwd(
+            dloss, dlse, *inputs, local, *statistics, None, 0.0, *ctx.options,
+            *((needed,) if ctx.options else ()), ctx.backend,
+        )  # fmt: skip
+        found = linear.given(found, needed) if ctx.options else [found]
+        return (*(None,) * 5, *_without_derivative(inputs[:2], found))
+
+
+class _Shared(torch.autograd.Function):
+    """Hidden states that all ranks have: the gradient is the sum of those of the shards, in float32
+    where they are of 16 bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
+        own = dhidden.to(schema.statistics_dtype(dhidden.dtype)).contiguous()
+        total = _wait(torch.ops._c10d_functional.all_reduce(own, "sum", ctx.group))
+        return *_without_derivative((dhidden,), (total.to(dhidden.dtype),)), None
+
+
+@overload
+def vocab_parallel_sparse_ce(
+    logits: Tensor,
+    target: Tensor,
+    k: int | None,
+    group: dist.ProcessGroup | None = ...,
+    *,
+    shard_sizes: Sequence[int] | None = ...,
+    ignore_index: int = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
+    reduction: str = ...,
+    return_support: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def vocab_parallel_sparse_ce(
+    logits: Tensor,
+    target: Tensor,
+    k: int | None,
+    group: dist.ProcessGroup | None = ...,
+    *,
+    shard_sizes: Sequence[int] | None = ...,
+    ignore_index: int = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
+    reduction: str = ...,
+    return_support: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Support]: ...
+def vocab_parallel_sparse_ce(
+    logits: Tensor,
+    target: Tensor,
+    k: int | None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    shard_sizes: Sequence[int] | None = None,
+    ignore_index: int = -100,
+    normalizer: str = "topk",
+    tail_samples: int = 0,
+    reduction: str = "mean",
+    return_support: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Support]:
+    """``fused_sparse_ce`` of logits whose classes are sharded over the ranks of a process group.
+
+    Every rank of the group calls it, with its own classes of the same rows, and gets the same loss;
+    the classes that are kept are those of the logits in one piece, bit for bit. Every rank calls
+    backward too, with the same upstream gradient, and gets the gradient of its own logits. A rank
+    sends 2 k + 2 numbers per row in forward, 4 of the softmax of all classes, and none in backward.
+
+    Args:
+        logits: (..., V_rank): the logits of this rank's classes, those of rank 0 first.
+        target: (...) int64 or int32, in [0, V) with V the classes of all ranks, the same on every
+            rank.
+        k: how many of all V classes to keep; None or ``k >= V``: the dense softmax.
+        group: the ranks, in the order of their classes; None: all.
+        shard_sizes: how many classes each rank has; None: as many as this one. On the CPU, and with
+            ``SPARSE_CE_DEBUG=1`` on a GPU, another rank's that differ are an error.
+        normalizer, tail_samples: as of ``fused_sparse_ce``, but that with "full" every rank keeps
+            the k largest of its own classes, draws ``tail_samples`` of its others, and has to have
+            more than k. The Support is of the k largest of all.
+        ignore_index, reduction, return_support, backend: as of ``fused_sparse_ce``.
+
+    Returns:
+        As ``fused_sparse_ce``. There is no second derivative: asking for one is an error.
+
+    Raises:
+        As ``fused_sparse_ce``, and RuntimeError where torch.distributed is not initialised.
+    """
+    checks.logits(logits)
+    checks.target(target, logits)
+    _check_options(ignore_index, normalizer, tail_samples, reduction, return_support, backend)
+    plan = _plan(
+        k, group, shard_sizes, logits.shape[-1], normalizer, tail_samples, return_support,
+        logits.device.type, logits.dtype, backend,
+    )  # fmt: skip
+    checks.target_range(target, plan.shards.num_classes, ignore_index)
+    rows = functional.as_rows(logits).flatten(0, -2)
+    row_target = target.reshape(-1).to(torch.int64)
+    local = row_target - plan.shards.start
+    if plan.listed:
+        uniform = functional.uniform_of(rows, rows.dtype, tail_samples)
+        found = listed_fwd(rows, local, uniform, plan.own_k, plan.samples, plan.backend)
+    else:
+        found = _dense(plan, (), row_target, local, rows)
+    return _finished(plan, found, target, row_target, None, ignore_index, reduction)
+
+
+@overload
+def vocab_parallel_linear_sparse_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int | None,
+    group: dist.ProcessGroup | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    shard_sizes: Sequence[int] | None = ...,
+    ignore_index: int = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
+    reduction: str = ...,
+    return_support: Literal[False] = ...,
+    backward: str = ...,
+    chunk_bytes: int | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def vocab_parallel_linear_sparse_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int | None,
+    group: dist.ProcessGroup | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    shard_sizes: Sequence[int] | None = ...,
+    ignore_index: int = ...,
+    normalizer: str = ...,
+    tail_samples: int = ...,
+    reduction: str = ...,
+    return_support: Literal[True],
+    backward: str = ...,
+    chunk_bytes: int | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Support]: ...
+def vocab_parallel_linear_sparse_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int | None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    bias: Tensor | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    ignore_index: int = -100,
+    normalizer: str = "topk",
+    tail_samples: int = 0,
+    reduction: str = "mean",
+    return_support: bool = False,
+    backward: str = "auto",
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Support]:
+    """``fused_linear_sparse_ce`` with an output layer whose classes are sharded over the ranks of a
+    process group.
+
+    Every rank of the group calls it, with its own rows of the weight and the same hidden states,
+    and gets the same loss. The ranks exchange as ``vocab_parallel_sparse_ce``, and in backward the
+    gradient of hidden: it is the sum over the ranks, and all of them get it.
+
+    Args:
+        hidden: (..., D), the same on every rank.
+        weight: (V_rank, D): the rows of this rank's classes, those of rank 0 first.
+        target, k, group, shard_sizes, normalizer, tail_samples: as of ``vocab_parallel_sparse_ce``.
+        bias: (V_rank,) or None.
+        ignore_index, reduction, return_support, backward, chunk_bytes, backend: as of
+            ``fused_linear_sparse_ce``.
+
+    Returns:
+        As ``fused_linear_sparse_ce``.
+
+    Raises:
+        As ``fused_linear_sparse_ce``, and RuntimeError where torch.distributed is not initialised.
+    """
+    checks.linear(hidden, weight, bias)
+    checks.target(target, hidden, "hidden")
+    _check_options(ignore_index, normalizer, tail_samples, reduction, return_support, backend)
+    checks.backward(backward)
+    checks.chunk_bytes(chunk_bytes)
+    size, device, dtype = weight.shape[0], hidden.device.type, linear.product_dtype(hidden)
+    plan = _plan(
+        k, group, shard_sizes, size, normalizer, tail_samples, return_support, device, dtype,
+        backend,
+    )  # fmt: skip
+    checks.target_range(target, plan.shards.num_classes, ignore_index)
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    row_target = target.reshape(-1).to(torch.int64)
+    kept = None if return_support else linear.rows_that_count(row_target, ignore_index)
+    if kept is not None:
+        rows, row_target = rows[kept], row_target[kept]
+    shared: Any = _Shared.apply
+    rows = shared(rows, plan.shards.group)
+    options = (dtype, linear.rows_of_buffer(rows, size, dtype, chunk_bytes))
+    layer = (rows, weight.contiguous(), bias)
+    local = row_target - plan.shards.start
+    if plan.listed:
+        sparse = backward == "sparse"
+        if backward == "auto":
+            # a rank has its share of the k, but draws of its own
+            pairs = plan.k if plan.samples is None else plan.k + plan.samples
+            classes = plan.shards.num_classes if plan.samples is None else size
+            sparse = linear.is_sparse(pairs, classes, device, dtype)
+        uniform = functional.uniform_of(rows, dtype, tail_samples)
+        found = listed_linear_fwd(
+            *layer, local, uniform, plan.own_k, plan.samples, *options, sparse, plan.backend
+        )
+    else:
+        found = _dense(plan, options, row_target, local, *layer)
+    return _finished(plan, found, target, row_target, kept, ignore_index, reduction)
+
+
+def _check_options(
+    ignore_index: int,
+    normalizer: str,
+    tail_samples: int,
+    reduction: str,
+    return_support: bool,
+    backend: str,
+) -> None:
+    checks.ignore_index(ignore_index)
+    checks.normalizer(normalizer)
+    checks.tail_samples(tail_samples, normalizer)
+    checks.reduction(reduction)
+    checks.return_support(return_support)
+    checks.backend(backend)
+
+
+def _dense(plan: _Plan, options: tuple[Any, ...], target: Tensor, *local: Tensor | None) -> Any:
+    apply: Any = _Dense.apply
+    return apply(plan.shards, options, plan.backend, target, *local)
+
+
+def _finished(
+    plan: _Plan,
+    found: Any,
+    target: Tensor,
+    counted: Tensor,
+    kept: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor | tuple[Tensor, Support]:
+    """The loss of each row of `counted`, or of those in `kept`, reduced; of the lists that were
+    `found`, or as it is.
+    """
+    loss, *support = _of_lists(found, counted, plan) if plan.listed else (found,)
+    reduced = functional.reduce(loss, counted, None, ignore_index, reduction, plan.backend)
+    if reduction == "none":
+        if kept is not None:
+            reduced = reduced.new_zeros(target.numel()).index_copy(0, kept, reduced)
+        reduced = reduced.view(target.shape)
+    if not plan.return_support:
+        return reduced
+    lse, indices, probs = support
+    num_classes = plan.shards.num_classes
+    return reduced, functional.support_of(target, indices, probs, lse, plan.k, num_classes)

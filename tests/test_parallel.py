@@ -1,0 +1,572 @@
+"""vocab_parallel_sparse_ce and its linear form: the classes of three ranks, or of as many as there
+are GPUs, against the truth of all classes. SPEC 6.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import ranks
+import subjects
+import torch
+import torch.distributed as dist
+from allocations import sizes_of_allocations
+from closeness import Truth, assert_within, probability_units, with_rounding
+from sparse_ce import (
+    functional,
+    parallel,
+    reference,
+    vocab_parallel_linear_sparse_ce,
+    vocab_parallel_sparse_ce,
+)
+from test_linear import LinearTruth, gradients, layer, statistics
+from test_tail import dense_gradient
+
+# fewer classes than are kept, more than that, many
+SIZES = {1: (67,), 2: (5, 62), 3: (5, 21, 41)}
+CLASSES, IGNORED = 67, -100
+# one class, fewer than a shard has, more than the first has, more than any has, all
+KS = (1, 4, 20, 50, CLASSES, None)
+ROWS = (3, 5)
+
+
+class Case(NamedTuple):
+    backend: str
+    dtype: torch.dtype
+    k: int | None
+    linear: bool = False
+    backward: str = "auto"
+    samples: int | None = None  # with the softmax of all classes
+
+    @property
+    def listed(self):
+        return self.k is not None
+
+
+def table(device):
+    rows = [s for s in subjects.SUBJECTS if s.device == device]
+    ks = (4, 50, None) if subjects.INTERPRETING else KS
+    dtypes = {s: s.dtypes[:2] if subjects.INTERPRETING else s.dtypes for s in rows}
+    ways = [(k, False, "auto", None) for k in ks]
+    ways += [(4, False, "auto", samples) for samples in (0, 6)]
+    ways += [(4, True, "sparse", None), (4, True, "dense", None), (None, True, "auto", None)]
+    ways += [(4, True, way, 6) for way in ("sparse", "dense")]
+    return [Case(s.backend, dtype, *way) for s in rows for dtype in dtypes[s] for way in ways]
+
+
+def logits_and_target(dtype):
+    """Rows of ties, and the rows that go wrong where shards are put together."""
+    torch.manual_seed(0)
+    z = (torch.randn(*ROWS, CLASSES) * 4).round() / 2
+    y = torch.randint(CLASSES, ROWS)
+    z[0, 0], y[0, 0] = torch.nan, IGNORED
+    z[0, 1, :5], y[0, 1] = -torch.inf, 30  # a shard without a class
+    z[0, 2, :5], y[0, 2] = -torch.inf, 2  # where the target is
+    z[0, 3, 10] = torch.nan
+    z[0, 4] = -torch.inf
+    z[1, 0, 66] = torch.inf
+    z[1, 1] = 1.5  # nothing but ties: the support is that of the first shards
+    z[1, 2, 30:], y[1, 2] = 9.0, 4
+    z[1, 3] += 512
+    z[1, 4, 1:], y[1, 4] = -torch.inf, 0  # a loss of 0
+    y[2] = torch.tensor([0, 4, 5, 25, 66])  # either end of each shard
+    return z.to(dtype), y
+
+
+def upstream(shape, dtype, k):
+    torch.manual_seed(1)
+    wide = statistics(dtype)
+    return [torch.randn(*shape, *more, dtype=wide) for more in ((), (), (k,) if k else (1,))]
+
+
+def own_classes(whole, rank, sizes, dim):
+    return whole.split(sizes, dim)[rank].detach().clone().requires_grad_(whole.requires_grad)
+
+
+def on_a_rank(rank, device, sizes, cases):
+    return [of_case(case, rank, device, sizes) for case in cases]
+
+
+def of_case(case, rank, device, sizes):
+    """The outputs of a rank and its gradients, each as the truth of all classes wants it."""
+    a, b, q = (t.to(device) for t in upstream(ROWS, case.dtype, case.k))
+    options = {"shard_sizes": sizes, "reduction": "none", "backend": case.backend}
+    if case.samples is not None:
+        options |= {"normalizer": "full", "tail_samples": case.samples}
+    if case.linear:
+        hidden, weight, bias, target = layer(case.dtype, ROWS, True, device, CLASSES)
+        weight, bias = (own_classes(t, rank, sizes, 0) for t in (weight, bias))
+        target[1, 2] = IGNORED
+        torch.manual_seed(2)
+        loss = vocab_parallel_linear_sparse_ce(
+            hidden, weight, target, case.k, bias=bias, backward=case.backward,
+            chunk_bytes=4 * len(weight) * case.dtype.itemsize, **options,
+        )  # fmt: skip
+        outputs = {"loss": loss.detach(), **gradients(loss, a, hidden, weight, bias)}
+        if case.samples is not None:
+            logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
+            # an ignored row has no draw there on the CPU
+            rows = (target != IGNORED) if device == "cpu" else target > -math.inf
+            torch.manual_seed(2)
+            of_logits = vocab_parallel_sparse_ce(logits[rows], target[rows], case.k, **options)
+            (outputs["dlogits"],) = torch.autograd.grad(of_logits, logits, a[rows])
+        return outputs
+    whole, target = (t.to(device) for t in logits_and_target(case.dtype))
+    logits = own_classes(whole, rank, sizes, -1).requires_grad_()
+    before = logits.detach().clone()
+    found = vocab_parallel_sparse_ce(
+        logits, target.int(), case.k, return_support=case.listed, **options
+    )
+    assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7))
+    loss, support = found if case.listed else (found, None)
+    counted = target != IGNORED
+    total = (a * loss)[counted & (a != 0)].sum()
+    outputs = {"loss": loss.detach()}
+    if support is not None:
+        total = total + ((b * support.lse) + (q * support.probs).sum(-1))[counted].sum()
+        outputs |= {name: getattr(support, name).detach() for name in ("lse", "indices", "probs")}
+    (outputs["dlogits"],) = torch.autograd.grad(total, logits)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def found():
+    """{device: {case: what each rank returned}}, of one set of processes for all cases."""
+    kept = {}
+
+    def of(device, case):
+        if device not in kept:
+            count = min(3, ranks.available(device))
+            if count == 0:
+                pytest.skip("torch was built without gloo, or without nccl")
+            cases = table(device)
+            by_rank = ranks.run(count, device, on_a_rank, device, SIZES[count], cases)
+            kept[device] = dict(zip(cases, zip(*by_rank, strict=True), strict=True))
+        return kept[device][case]
+
+    return of
+
+
+def ids(case):
+    way = f"linear-{case.backward}" if case.linear else "logits"
+    way += "" if case.samples is None else f"-{case.samples} draws"
+    return f"{case.backend}-{str(case.dtype).removeprefix('torch.')}-{case.k}-{way}"
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        name = metafunc.function.__name__
+        pairs = [
+            (d, c)
+            for d in subjects.DEVICES
+            for c in table(d)
+            if c.linear == ("linear" in name) and (c.samples is None) == ("all_classes" not in name)
+        ]
+        metafunc.parametrize(
+            "device, case", pairs, ids=[f"{ids(c)}-{d}" for d, c in pairs], scope="module"
+        )
+
+
+@pytest.mark.interpreter
+def test_logits(device, case, found):
+    by_rank = found(device, case)
+    z, y = logits_and_target(case.dtype)
+    truth = Truth(z, y, case.k or CLASSES)
+    counted = (y != IGNORED).flatten()
+    a, b, q = upstream(ROWS, case.dtype, case.k)
+    a, b, q = (t.where((y != IGNORED).view(*ROWS, *(1,) * (t.dim() - 2)), 0) for t in (a, b, q))
+    for of_rank in by_rank:
+        assert (of_rank["loss"].flatten()[~counted] == 0).all()
+        truth.assert_loss(of_rank["loss"].where(y != IGNORED, torch.nan))
+        if case.listed:
+            rest = (of_rank[name] for name in ("lse", "indices", "probs"))
+            truth.assert_forward(of_rank["loss"].where(y != IGNORED, torch.nan), *rest)
+        # every rank has them to the last bit
+        for name in of_rank.keys() - {"dlogits"}:
+            assert torch.equal(of_rank[name].nan_to_num(7), by_rank[0][name].nan_to_num(7))
+    dlogits = torch.cat([of_rank["dlogits"] for of_rank in by_rank], -1)
+    truth.assert_gradient(dlogits, a, *((b, q) if case.listed else ()))
+
+
+@pytest.mark.interpreter
+def test_linear(device, case, found):
+    by_rank = found(device, case)
+    hidden, weight, bias, target = layer(case.dtype, ROWS, True, "cpu", CLASSES)
+    target[1, 2] = IGNORED
+    a, _, _ = upstream(ROWS, case.dtype, case.k)
+    k = case.k or CLASSES
+    truth = LinearTruth(hidden, weight, bias, target, k, a.where(target != IGNORED, 0))
+    for of_rank in by_rank:
+        truth.loss.assert_loss(of_rank["loss"].where(target != IGNORED, torch.nan))
+        assert torch.equal(of_rank["dhidden"], by_rank[0]["dhidden"])
+    whole = {name: torch.cat([r[name] for r in by_rank]) for name in ("dweight", "dbias")}
+    dense = case.backward != "sparse"
+    truth.assert_gradients(dense, 4, len(by_rank), dhidden=by_rank[0]["dhidden"], **whole)
+
+
+def own_lists(z, y, k, sizes):
+    """(N, V): the classes whose gradient is kept, the k largest of each shard and the target."""
+    kept, start = torch.zeros(z.shape, dtype=torch.bool), 0
+    for part in z.split(sizes, -1):
+        kept.scatter_(-1, reference.support_indices(part, k) + start, True)
+        start += part.shape[-1]
+    hit = y >= 0
+    kept[hit.nonzero().flatten(), y[hit]] = True
+    return kept
+
+
+@pytest.mark.interpreter
+def test_all_classes(device, case, found):
+    """normalizer="full": the loss is that of the dense softmax, and so is the gradient of what a
+    shard lists; its draws have what it does not list, in equal shares.
+    """
+    by_rank = found(device, case)
+    sizes = SIZES[len(by_rank)]
+    z, y = (t.flatten(0, 1) for t in logits_and_target(case.dtype))
+    truth, counted = Truth(z, y, CLASSES), y != IGNORED
+    lists = Truth(z, y, case.k)
+    a, b, q = (t.flatten(0, 1) for t in upstream(ROWS, case.dtype, case.k))
+    for of_rank in by_rank:
+        loss, lse = of_rank["loss"].flatten(), of_rank["lse"].flatten()
+        # the log-sum of a shard, and that of all
+        within = 2 * (truth.loss_tolerance + truth.unit * truth.loss.abs())
+        assert_within("loss", loss[counted], truth.loss[counted], within[counted])
+        truth.assert_lse(lse)
+        assert torch.equal(of_rank["indices"].flatten(0, 1).long(), lists.indices)
+        p = z.double().softmax(-1)
+        index = lists.indices
+        within = 2 * truth.unit * (torch.special.entr(p) + 16 * p) + truth.smallest
+        assert_within("probs", of_rank["probs"], p.gather(-1, index), within.gather(-1, index))
+    dlogits = torch.cat([of_rank["dlogits"] for of_rank in by_rank], -1).flatten(0, 1).double()
+
+    q = q.double().where(counted.unsqueeze(-1), 0)
+    b = b.double().where(counted, 0)
+    numbers = truth.lse.isfinite()
+    p = p.where(numbers.unsqueeze(-1), 0)
+    of_probs = torch.zeros_like(p).scatter_add(-1, lists.indices, q) * p
+    b = b - of_probs.sum(-1)
+    expected, tolerance, _ = dense_gradient(z, y, None, case.k, 0.0, a, b)
+    expected = expected + of_probs
+    size = (a.abs() + b.abs()).unsqueeze(-1) + q.abs().sum(-1, keepdim=True)
+    tolerance = 2 * tolerance + 64 * truth.unit * size * p + 4 * of_probs.abs() * truth.unit
+    kept = own_lists(z, y, case.k, sizes)
+    expected, tolerance = expected.where(kept, 0), tolerance.where(kept, 0)
+    rows = numbers & counted
+    tolerance = with_rounding(expected, tolerance, case.dtype)
+    outside = ~kept & (dlogits != 0)
+    assert_within("dlogits", dlogits.where(~outside, 0)[rows], expected[rows], tolerance[rows])
+    assert (dlogits[~counted] == 0).all() and not dlogits[~numbers & counted].isfinite().all()
+    if not case.samples:
+        assert not outside[rows].any()
+        return
+    factor = (a.double().where(y >= 0, 0) + b)[rows]
+    parts = (t[rows].split(sizes, -1) for t in (dlogits, p, outside, kept))
+    for g, of_shard, drawn, listed in zip(*parts, strict=True):
+        mass = of_shard.masked_fill(listed, 0).sum(-1)
+        share = factor * mass / case.samples
+        # of a sum of p the relative error is that of the largest, and each is rounded down besides
+        units = probability_units(CLASSES) + 2 * (
+            math.log(CLASSES) - mass.log().nan_to_num(0, 0, 0)
+        )
+        error = truth.unit * units * share.abs() + factor.abs() * CLASSES * 2.0**-52 / case.samples
+        times = (g / share.unsqueeze(-1)).where(drawn, 0).round()
+        expected, tolerance = (times * t.unsqueeze(-1) for t in (share, error))
+        tolerance = with_rounding(expected, tolerance, case.dtype)
+        assert_within("draws", g.where(drawn, 0), expected.nan_to_num(0), tolerance.nan_to_num(0))
+        # what is smaller than any normal number of the dtype may be 0
+        seen = share.abs() > torch.finfo(case.dtype).tiny
+        assert (times.sum(-1)[seen] == case.samples).all() and seen.any()
+
+
+@pytest.mark.interpreter
+def test_linear_all_classes(device, case, found):
+    """The draws of an output layer are those of its logits, of the same generator: its gradients
+    are the products with the gradient of the logits, whose truth is above.
+    """
+    by_rank = found(device, case)
+    sizes = SIZES[len(by_rank)]
+    hidden, weight, bias, target = layer(case.dtype, ROWS, True, "cpu", CLASSES)
+    target[1, 2] = IGNORED
+    a, _, _ = upstream(ROWS, case.dtype, case.k)
+    a = a.where(target != IGNORED, 0)
+    truth = LinearTruth(hidden, weight, bias, target, CLASSES, a)
+    for of_rank in by_rank:
+        within = 2 * (truth.loss.loss_tolerance + truth.unit * truth.loss.loss.abs())
+        counted = (target != IGNORED).flatten()
+        loss = of_rank["loss"].flatten()
+        assert_within("loss", loss[counted], truth.loss.loss[counted], within[counted])
+        assert torch.equal(of_rank["dhidden"], by_rank[0]["dhidden"])
+    g = torch.cat([of_rank["dlogits"] for of_rank in by_rank], -1).double().flatten(0, 1)
+    h, w = (t.detach().double().flatten(0, -2) for t in (hidden, weight))
+    of_rows = {"dhidden": (g, w), "dweight": (g.t(), h), "dbias": (g.t(), h.new_ones(len(h), 1))}
+    for name, (left, right) in of_rows.items():
+        whole = [of_rank[name] for of_rank in by_rank]
+        actual = whole[0] if name == "dhidden" else torch.cat(whole)
+        size = (left.abs() @ right.abs()).reshape(actual.shape)
+        # dlogits and the sums of chunks and of shards are rounded, where the product is dense
+        eps = torch.finfo(case.dtype).eps * (2 + 4 + len(sizes))
+        assert_within(name, actual, (left @ right).reshape(actual.shape), eps * size)
+
+
+# What has one outcome for all backends, on the processor: a set of processes each.
+
+SHARDS = (20, 47)
+
+
+def on_ranks(count, function):
+    if ranks.available("cpu") < count or subjects.EMULATING or subjects.INTERPRETING:
+        pytest.skip("torch was built without gloo, or this run is of one backend alone")
+    return ranks.run(count, "cpu", function)
+
+
+def float_problem(rank, rows=(6,), shards=SHARDS):
+    """Logits of both shards, those of this rank, the target."""
+    torch.manual_seed(0)
+    whole = torch.randn(*rows, sum(shards))
+    target = torch.randint(sum(shards), rows)
+    return whole, own_classes(whole, rank, shards, -1).requires_grad_(), target
+
+
+WAYS = (
+    {"k": 5},
+    {"k": None},
+    {"k": 5, "normalizer": "full"},
+    {"k": 5, "normalizer": "full", "tail_samples": 8},
+)
+
+
+def _reductions(rank):
+    whole, logits, target = float_problem(rank)
+    target[1] = IGNORED
+    for way in WAYS:
+        call = partial(vocab_parallel_sparse_ce, logits, target=target, shard_sizes=SHARDS, **way)
+
+        def gradient(loss, above=None):
+            return torch.autograd.grad(loss, logits, above, retain_graph=True)[0]
+
+        by_row = {}
+        for reduction in ("none", "sum", "mean"):
+            torch.manual_seed(1)
+            loss = call(reduction=reduction)
+            assert loss.dtype == torch.float32 and loss.requires_grad
+            by_row[reduction] = loss
+            above = torch.ones_like(loss)
+            assert torch.equal(gradient(loss, above), gradient(loss, above))
+        rows = by_row["none"].detach()
+        torch.testing.assert_close(by_row["sum"].detach(), rows.sum())
+        torch.testing.assert_close(by_row["mean"].detach(), rows.sum() / 5)
+        of_rows = gradient(by_row["none"], torch.ones(6))
+        torch.testing.assert_close(gradient(by_row["sum"]), of_rows)
+        torch.testing.assert_close(gradient(by_row["mean"]), of_rows / 5)
+
+        nothing = call(target=torch.full_like(target, IGNORED))
+        assert nothing == 0 and (gradient(nothing) == 0).all()
+        none = logits[:0], target[:0]
+        empty = vocab_parallel_sparse_ce(*none, shard_sizes=SHARDS, reduction="sum", **way)
+        assert empty == 0 and (gradient(empty) == 0).all()
+        with torch.no_grad():
+            torch.manual_seed(1)
+            assert torch.equal(call(), by_row["mean"]) and not call().requires_grad
+
+        with pytest.raises(RuntimeError, match="expected a first derivative only"):
+            again = torch.autograd.grad(call(), logits, create_graph=True)[0]
+            torch.autograd.grad(again.square().sum(), logits)
+        hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(SHARDS[rank], 8)
+        logits_of = torch.nn.functional.linear(hidden, weight)
+        options = {"shard_sizes": SHARDS, "return_support": True, **way}
+        torch.manual_seed(1)
+        of_layer, layer_support = vocab_parallel_linear_sparse_ce(hidden, weight, target, **options)
+        torch.manual_seed(1)
+        of_logits, support = vocab_parallel_sparse_ce(logits_of, target, **options)
+        assert torch.equal(of_layer, of_logits)
+        assert torch.equal(layer_support.indices, support.indices)
+        of_layer, of_logits = (
+            torch.autograd.grad(s.entropy().sum(), hidden)[0] for s in (layer_support, support)
+        )
+        dist.all_reduce(of_logits)
+        torch.testing.assert_close(of_layer, of_logits)
+        for inputs in ((hidden, weight), (hidden.detach(), weight.requires_grad_())):
+            loss = vocab_parallel_linear_sparse_ce(*inputs, target, shard_sizes=SHARDS, **way)
+            leaf = next(t for t in inputs if t.requires_grad)
+            again = torch.autograd.grad(loss, leaf, create_graph=True)[0]
+            with pytest.raises(RuntimeError, match="expected a first derivative only"):
+                torch.autograd.grad(again.square().sum(), leaf)
+
+
+def test_reductions_and_what_autograd_asks():
+    on_ranks(2, _reductions)
+
+
+def _expectation(rank):
+    """Of 64 equal rows with uniforms on a grid, a class of the tail is drawn as often as its share
+    of the shard's tail says, but for one row in 64.
+    """
+    rows, samples = 64, 4
+    whole, _, target = float_problem(rank, (1,))
+    whole, target = whole.double().expand(rows, -1), target.expand(rows)
+    logits = own_classes(whole, rank, SHARDS, -1).requires_grad_()
+    grid = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+    functional.uniform_of = lambda *_: grid
+    loss = vocab_parallel_sparse_ce(
+        logits, target, 3, shard_sizes=SHARDS, normalizer="full", tail_samples=samples,
+        reduction="sum",
+    )  # fmt: skip
+    (found,) = torch.autograd.grad(loss, logits)
+    leaf = whole[:1].clone().requires_grad_()
+    (dense,) = torch.autograd.grad(torch.nn.functional.cross_entropy(leaf, target[:1]), leaf)
+    dense = dense.split(SHARDS, -1)[rank][0]
+    # of what each draw stands for
+    kept = own_lists(whole[:1], target[:1], 3, SHARDS).split(SHARDS, -1)[rank][0]
+    share = dense.masked_fill(kept, 0).sum() / samples
+    within = torch.where(kept, 1e-12, share / rows + 1e-12)
+    assert_within("mean", found.mean(0), dense, within)
+    assert ((found != 0).sum(-1) <= 3 + 1 + samples).all()
+
+
+def test_the_expectation_of_the_gradient_is_that_of_the_dense_loss():
+    on_ranks(2, _expectation)
+
+
+def _compiled(rank):
+    _, logits, target = float_problem(rank)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(SHARDS[rank], 8)
+    weight.requires_grad_()
+    target[2], target[3] = 10**6, IGNORED  # out of range: looked for in eager mode alone
+    for way in WAYS[:3]:
+        options = {"shard_sizes": SHARDS, "reduction": "none", **way}
+        of_logits = torch.compile(
+            lambda z, y, o=options: vocab_parallel_sparse_ce(z, y, **o), fullgraph=True
+        )
+        of_hidden = torch.compile(
+            lambda h, w, y, o=options: vocab_parallel_linear_sparse_ce(h, w, y, **o), fullgraph=True
+        )
+        with pytest.raises(IndexError, match="target: expected classes in .0, 67"):
+            vocab_parallel_sparse_ce(logits, target, **options)
+        rest, above = target != 10**6, torch.ones(6)
+        for compiled, plain, inputs in (
+            (of_logits, vocab_parallel_sparse_ce, [logits]),
+            (of_hidden, vocab_parallel_linear_sparse_ce, [hidden, weight]),
+        ):
+            loss = compiled(*inputs, target)
+            found = torch.autograd.grad(loss, inputs, above)
+            assert loss[2].isnan() and (found[0][2] == 0).all()
+            first = inputs[0][rest]
+            expected = plain(first, *inputs[1:], target[rest], **options)
+            assert torch.equal(loss[rest], expected)
+            of_rest = torch.autograd.grad(expected, [first, *inputs[1:]], above[rest])
+            torch.testing.assert_close(found[0][rest], of_rest[0])
+            torch.testing.assert_close(found[1:], of_rest[1:])
+
+
+def test_compile_fullgraph():
+    on_ranks(2, _compiled)
+
+
+def _layers(rank):
+    """Frozen parts, autocast, memory, a group of some ranks."""
+    pair = dist.new_group([0, 2])
+    if rank == 1:
+        with pytest.raises(ValueError, match="^group: expected one that this rank is in"):
+            vocab_parallel_sparse_ce(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), 2, pair)
+        return
+    rank //= 2
+    rows, features, shards, chunk = 256, 16, (3000, 2000), 16 * 3000 * 4
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, features), torch.randn(sum(shards), features)
+    target = torch.randint(5000, (rows,))
+    own = own_classes(weight, rank, shards, 0)
+    for way in WAYS:
+        call = partial(
+            vocab_parallel_linear_sparse_ce, target=target, group=pair, shard_sizes=shards,
+            backward="auto" if way["k"] is None else "sparse", chunk_bytes=chunk, **way,
+        )  # fmt: skip
+        frozen_head, frozen_trunk = hidden.clone().requires_grad_(), own.clone().requires_grad_()
+        both = hidden.clone().requires_grad_(), own.clone().requires_grad_()
+
+        def step(call=call, h=frozen_head, w=frozen_trunk, both=both):
+            torch.manual_seed(1)
+            call(h, own).backward()
+            torch.manual_seed(1)
+            call(hidden, w).backward()
+            torch.manual_seed(1)
+            call(*both).backward()
+
+        allocations, _ = sizes_of_allocations(step)
+        torch.testing.assert_close(frozen_head.grad, both[0].grad)
+        torch.testing.assert_close(frozen_trunk.grad, both[1].grad)
+        lists = 4 * rows * (2 * way["k"] + 2) * 2 if way["k"] else 0
+        assert max(allocations) <= max(chunk, own.nbytes, lists, 4 * rows * 32) < 4 * rows * 2000
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = torch.nn.functional.linear(hidden, own)
+            torch.manual_seed(1)
+            loss = call(hidden, own)
+        torch.manual_seed(1)
+        options = {"shard_sizes": shards, **way}
+        with torch.no_grad():
+            assert torch.equal(
+                loss, vocab_parallel_sparse_ce(logits, target, group=pair, **options)
+            )
+
+
+def test_layers_in_a_group_of_some_ranks():
+    on_ranks(3, _layers)
+
+
+def _mistakes(rank):
+    target = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^shard_sizes: expected \[5, 6\].*, got \[(5, 5|6, 6)\]"):
+        vocab_parallel_sparse_ce(torch.zeros(3, 5 + rank), target, 2)
+    with pytest.raises(ValueError, match=r"^shard_sizes: expected \[5, 6\].*, got \[(5, 5|6, 6)\]"):
+        vocab_parallel_sparse_ce(torch.zeros(3, 5 + rank), target, None)
+    for wrong, kind, message in (
+        ((5, 6, 7), ValueError, "expected one for each of 2 ranks, got 3"),
+        ((4, 4), ValueError, "expected 5, what this rank has, at shard_sizes"),
+        ((5, 0), ValueError, "expected at least 1 class of each rank, got 0"),
+        ((5, 5.0), TypeError, "expected ints, got float"),
+        (5, TypeError, "expected a sequence of ints or None, got int"),
+    ):
+        with pytest.raises(kind, match=f"^shard_sizes: {message}"):
+            vocab_parallel_sparse_ce(torch.zeros(3, 5), target, 2, shard_sizes=wrong)
+    with pytest.raises(TypeError, match="^group: expected a ProcessGroup or None, got str"):
+        vocab_parallel_sparse_ce(torch.zeros(3, 5), target, 2, "all")
+    with pytest.raises(ValueError, match="^k: expected k < 5, the classes of the smallest shard"):
+        vocab_parallel_sparse_ce(torch.zeros(3, 5), target, 5, normalizer="full")
+    with pytest.raises(IndexError, match=r"^target: expected classes in \[0, 10\)"):
+        vocab_parallel_sparse_ce(torch.zeros(3, 5), target + 10, 2)
+
+
+def test_mistakes():
+    on_ranks(2, _mistakes)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(torch.zeros(2, 4),), (torch.zeros(2, 3), torch.zeros(4, 3))]
+)
+def test_without_a_process_group(arguments):
+    call = vocab_parallel_sparse_ce if len(arguments) == 1 else vocab_parallel_linear_sparse_ce
+    with pytest.raises(RuntimeError, match="^group: expected torch.distributed to be initialised"):
+        call(*arguments, torch.zeros(2, dtype=torch.int64), 2)
+
+
+@pytest.mark.parametrize("samples", [None, 0, 6], ids=str)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_opcheck(subject, samples, sparse):
+    pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
+    hidden, weight, bias, target = layer(torch.float32, (5,), True, subject.device, CLASSES)
+    logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
+    target[:2] = torch.tensor([-3, CLASSES])  # of other shards
+    uniform = torch.rand(5).to(subject.device) if samples else None
+    lists = (4, samples, torch.float32, 2, sparse, subject.backend)
+    for op, inputs in (
+        (parallel.listed_fwd, (logits, target, uniform, 4, samples, subject.backend)),
+        (parallel.listed_linear_fwd, (hidden, weight, bias, target, uniform, *lists)),
+    ):
+        torch.library.opcheck(op, inputs)
+    values, classes, *_ = parallel.listed_fwd(logits, target, uniform, 4, samples, subject.backend)
+    above = torch.randn_like(values).detach()
+    rest = (4, CLASSES, torch.float32, subject.backend)
+    torch.library.opcheck(parallel.listed_bwd, (above, classes, *rest))
+    rest = (4, torch.float32, 2, sparse, [True] * 3, subject.backend)
+    leaves = hidden.detach(), weight.detach()
+    torch.library.opcheck(parallel.listed_linear_bwd, (above, classes, *leaves, *rest))
