@@ -4,7 +4,8 @@ GPUs by nccl, a GPU each.
 
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,25 @@ def run(ranks: int, device: str, function: Callable[..., Any], *arguments: Any) 
         return [torch.load(Path(folder) / str(rank), "cpu") for rank in range(ranks)]
 
 
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    """A process group of this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        _join(0, 1, device, folder)
+        yield
+        dist.destroy_process_group()
+
+
+def _join(rank: int, ranks: int, device: str, folder: str) -> None:
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(minutes=3),
+    )
+
+
 def _rank(
     rank: int,
     ranks: int,
@@ -45,13 +65,7 @@ def _rank(
         importlib.import_module("fast_interpreter").install()
     if device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(minutes=3),
-    )
+    _join(rank, ranks, device, folder)
     try:
         torch.save(function(rank, *arguments), Path(folder) / str(rank))
     finally:

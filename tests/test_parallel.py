@@ -2,6 +2,7 @@
 are GPUs, against the truth of all classes. SPEC 6.
 """
 
+import contextlib
 import math
 from functools import partial
 from typing import NamedTuple
@@ -132,20 +133,28 @@ def of_case(case, rank, device, sizes):
 
 @pytest.fixture(scope="module")
 def found():
-    """{device: {case: what each rank returned}}, of one set of processes for all cases."""
+    """of(device, case): what each rank returned. Of one set of processes for all cases; a single
+    rank, where there is one GPU, is this process.
+    """
     kept = {}
+    with contextlib.ExitStack() as stack:
 
-    def of(device, case):
-        if device not in kept:
+        def of(device, case):
             count = min(3, ranks.available(device))
             if count == 0:
                 pytest.skip("torch was built without gloo, or without nccl")
-            cases = table(device)
-            by_rank = ranks.run(count, device, on_a_rank, device, SIZES[count], cases)
-            kept[device] = dict(zip(cases, zip(*by_rank, strict=True), strict=True))
-        return kept[device][case]
+            sizes = SIZES[count]
+            if count == 1:
+                if not dist.is_initialized():
+                    stack.enter_context(ranks.alone(device))
+                return [of_case(case, 0, device, sizes)]
+            if device not in kept:
+                cases = table(device)
+                by_rank = ranks.run(count, device, on_a_rank, device, sizes, cases)
+                kept[device] = dict(zip(cases, zip(*by_rank, strict=True), strict=True))
+            return kept[device][case]
 
-    return of
+        yield of
 
 
 def ids(case):
