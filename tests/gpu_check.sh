@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Proves the GPU backends on this machine, then times them: tests, sanitizers, bench. Needs a GPU, no network.
+# Proves the GPU backends on this machine, then times them: tests, sanitizers, bench. Needs a GPU, no network. `bench` times
+# everything and proves nothing but what each bench looks at before it times: it is for a machine on which the others have passed.
 #
-#   bash tests/gpu_check.sh PYTHON [quick|full]
+#   bash tests/gpu_check.sh PYTHON [quick|full|bench]
 #
 # Everything goes to $OUT (out/): gpu-check.log with the output of all stages, summary.txt, and the times, which also go to
 # bench/results/. Exit status: 0 all passed, 1 something failed, 2 no GPU. A stage that fails does not stop the next ones, but
@@ -17,7 +18,11 @@ log=$out/gpu-check.log
 summary=$out/summary.txt
 : >"$log"
 : >"$summary"
-if [ "$mode" = full ]; then limit=${LIMIT:-5400} longer=6; else limit=${LIMIT:-530} longer=1; fi
+case $mode in
+  full) limit=${LIMIT:-5400} longer=6 ;;
+  bench) limit=${LIMIT:-1200} longer=2 ;;
+  *) limit=${LIMIT:-530} longer=1 ;;
+esac
 failed=0
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -89,83 +94,104 @@ if ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; 
 fi
 nvidia-smi >>"$log" 2>&1
 
-has pytest || { say "FAIL: the tests need pytest"; exit 1; }
-parallel=()
-cores=$(nproc)
-if has xdist; then parallel=(-n "${WORKERS:-$((cores < 14 ? cores : 14))}" --dist worksteal); else note "without pytest-xdist the tests run one by one"; fi
-has hypothesis || note "without hypothesis its tests are left out"
-has expecttest || note "without expecttest opcheck is left out"
-pytest=("$python" -m pytest -q --maxfail=20 -p no:cacheprovider -rs)
+prove() {
+  has pytest || { say "FAIL: the tests need pytest"; exit 1; }
+  parallel=()
+  cores=$(nproc)
+  if has xdist; then
+    parallel=(-n "${WORKERS:-$((cores < 14 ? cores : 14))}" --dist worksteal)
+  else
+    note "without pytest-xdist the tests run one by one"
+  fi
+  has hypothesis || note "without hypothesis its tests are left out"
+  has expecttest || note "without expecttest opcheck is left out"
+  pytest=("$python" -m pytest -q --maxfail=20 -p no:cacheprovider -rs)
 
-export SPARSE_CE_REQUIRE=cuda,triton,cpu,eager
-# every worker would start as many compilers as there are cores
-export TORCHINDUCTOR_COMPILE_THREADS=1
-# In quick mode one 16-bit dtype, and of the sizes those of the sanitizers. Both backends in one run: to start the workers takes half
-# a minute.
-sizes="33x5 or 257x21 or 1003x20 or 1003x129 or 5001x20 or 5001x300 or 5001x5001"
-less=" and not -float16"
-[ "$mode" = full ] && less=""
-selected="(cuda-cuda or triton-cuda) and not 2_31$less"
-[ "$mode" = full ] || selected="$selected and (not test_sizes or $sizes)"
-stage "tests of cuda and triton" 300 "${pytest[@]}" "${parallel[@]}" tests -k "$selected" --ignore-glob="*_aot.py" || failed=1
-# one by one: each takes ten GB or more
-stage "more than 2^31 elements" 60 "${pytest[@]}" tests/test_kernels.py tests/test_reduce.py \
-  -k "2_31 and (triton-cuda or cuda-cuda)" || failed=1
-if [ "$mode" = full ]; then
-  stage "all other tests" 600 "${pytest[@]}" "${parallel[@]}" tests --ignore-glob="*_aot.py" \
-    -k "not triton-cuda and not cuda-cuda" || failed=1
-fi
+  export SPARSE_CE_REQUIRE=cuda,triton,cpu,eager
+  # every worker would start as many compilers as there are cores
+  export TORCHINDUCTOR_COMPILE_THREADS=1
+  # In quick mode one 16-bit dtype, and of the sizes those of the sanitizers. Both backends in one run: to start the workers takes
+  # half a minute.
+  sizes="33x5 or 257x21 or 1003x20 or 1003x129 or 5001x20 or 5001x300 or 5001x5001"
+  less=" and not -float16"
+  [ "$mode" = full ] && less=""
+  selected="(cuda-cuda or triton-cuda) and not 2_31$less"
+  [ "$mode" = full ] || selected="$selected and (not test_sizes or $sizes)"
+  stage "tests of cuda and triton" 300 "${pytest[@]}" "${parallel[@]}" tests -k "$selected" --ignore-glob="*_aot.py" || failed=1
+  # one by one: each takes ten GB or more
+  stage "more than 2^31 elements" 60 "${pytest[@]}" tests/test_kernels.py tests/test_reduce.py \
+    -k "2_31 and (triton-cuda or cuda-cuda)" || failed=1
+  if [ "$mode" = full ]; then
+    stage "all other tests" 600 "${pytest[@]}" "${parallel[@]}" tests --ignore-glob="*_aot.py" \
+      -k "not triton-cuda and not cuda-cuda" || failed=1
+  fi
 
-# Small cases of every kind of kernel, the tools side by side. Without torch's cache every tensor is an allocation of its own, with
-# ends.
-[ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
-cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
-cases="$cases or (test_many_short_rows and bfloat16) or test_dslopes or (test_tables and 1025)"
-cases="$cases or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
-tools=(memcheck racecheck synccheck)
-[ "$mode" = full ] && tools+=(initcheck)
-command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
-running=()
-for tool in "${tools[@]}"; do
-  # races in shared memory and barriers of threads: Triton lays out its own
-  backends="cuda-cuda"
-  [ "$tool" = memcheck ] && backends="triton-cuda or cuda-cuda"
-  sanitize "$tool" "($backends)$less and ($cases)" &
-  running+=($!)
-done
-for process in "${running[@]}"; do wait "$process" || failed=1; done
+  # Small cases of every kind of kernel, the tools side by side. Without torch's cache every tensor is an allocation of its own,
+  # with ends.
+  [ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
+  cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
+  cases="$cases or (test_many_short_rows and bfloat16) or test_dslopes or (test_tables and 1025)"
+  cases="$cases or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
+  tools=(memcheck racecheck synccheck)
+  [ "$mode" = full ] && tools+=(initcheck)
+  command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
+  running=()
+  for tool in "${tools[@]}"; do
+    # races in shared memory and barriers of threads: Triton lays out its own
+    backends="cuda-cuda"
+    [ "$tool" = memcheck ] && backends="triton-cuda or cuda-cuda"
+    sanitize "$tool" "($backends)$less and ($cases)" &
+    running+=($!)
+  done
+  for process in "${running[@]}"; do wait "$process" || failed=1; done
 
-if [ "$failed" = 1 ]; then
-  say "nothing was timed: a stage failed"
-  exit 1
-fi
-name=$("$python" - <<'NAME'
+  if [ "$failed" = 1 ]; then
+    say "nothing was timed: a stage failed"
+    exit 1
+  fi
+}
+
+[ "$mode" = bench ] || prove
+
+machine=$("$python" - <<'NAME'
 import re
 import torch
 
 versions = f"torch{torch.__version__.partition('+')[0]}-cuda{torch.version.cuda}"
-print(re.sub("[^a-z0-9.]+", "-", f"floor-{torch.cuda.get_device_name()}-{versions}".lower()))
+print(re.sub("[^a-z0-9.]+", "-", f"{torch.cuda.get_device_name()}-{versions}".lower()))
 NAME
 )
-results=$out/$name.json
-linear=$out/${name/floor/linear}.json
-rm -f "$out/$name"* "$linear"
+
+# bench NAME SECONDS MODULE ARGUMENTS...: its times go to bench/results when all of it has been timed
+bench() {
+  local name=$1 seconds=$2 module=$3 json=$out/$1-$machine.json
+  shift 3
+  rm -f "${json%.json}"*
+  stage "bench: $name" "$seconds" "$python" -m "bench.$module" --device cuda "$@" --json "$json" || { failed=1; return; }
+  if [ "$name" = floor ] && has matplotlib; then
+    for backend in cuda triton; do
+      stage "picture of $backend" 30 "$python" -m bench.plot "$json" --provider "sparse_ce.$backend" --out "${json%.json}-$backend.png" ||
+        failed=1
+    done
+  fi
+  cp "${json%.json}"* bench/results/
+}
+
+has matplotlib || note "without matplotlib there is no picture: python -m bench.plot"
 # the compiled composition takes a minute to compile
-options=(--dtype bf16 --repeats 10 --provider sparse_ce.cuda sparse_ce.triton cross_entropy composition liger quack)
-[ "$mode" = full ] && options=(--dtype bf16 fp32)
-stage "bench" 100 "$python" -m bench.run --suite floor --device cuda "${options[@]}" --json "$results" || failed=1
-if [ "$mode" = full ]; then
-  stage "bench of the output layer" 150 "$python" -m bench.linear --device cuda --dtype bf16 --repeats 20 --json "$linear" || failed=1
-fi
-if has matplotlib; then
-  for backend in cuda triton; do
-    stage "picture of $backend" 30 "$python" -m bench.plot "$results" --provider "sparse_ce.$backend" --out "$out/$name-$backend.png" || failed=1
-  done
-else
-  note "without matplotlib there is no picture: python -m bench.plot $results"
+rivals=(--provider sparse_ce.cuda sparse_ce.triton cross_entropy composition liger quack)
+floor=(--dtype bf16 --repeats 10 "${rivals[@]}")
+[ "$mode" = full ] && floor=(--dtype bf16 fp32)
+bench floor 100 run --suite floor "${floor[@]}"
+[ "$mode" = quick ] || bench linear 120 linear --dtype bf16 --repeats 6 --seconds 3
+if [ "$mode" = bench ]; then
+  # first what README shows and waits for
+  bench tail 40 run --suite tail --dtype bf16 --repeats 8
+  bench threshold 40 run --suite threshold --dtype bf16 --repeats 8
+  bench plif 60 plif --dtype bf16 --repeats 5
+  bench floor-fp32 100 run --suite floor --dtype fp32 --repeats 8 "${rivals[@]}"
+  bench continuous 40 continuous
+  bench break-even 60 linear --break-even --dtype bf16 fp32
 fi
 [ "$failed" = 0 ] || exit 1
-# only now: nothing there is replaced by less than a whole run
-cp "$out/$name"* bench/results/
-[ -e "$linear" ] && cp "$linear" bench/results/
-say "passed: all that this machine can run"
+[ "$mode" = bench ] || say "passed: all that this machine can run"
