@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "glue.h"

@@ -20,7 +20,6 @@ gradient of a shard of the dense softmax. With normalizer="full" (tail.py) it is
 the shard, and of draws from what is not listed there; so each keeps k classes of its own.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -56,16 +55,13 @@ class _Shards(NamedTuple):
     def num_classes(self) -> int:
         return sum(self.sizes)
 
-    def owner(self, target: Tensor) -> Tensor:
-        """(N): the rank that holds the target; of one out of range the first or the last."""
-        owner = torch.zeros_like(target)
-        for end in itertools.accumulate(self.sizes[:-1]):
-            owner += target >= end
-        return owner
-
     def has(self, target: Tensor) -> Tensor:
-        """(N) bool: it is a class."""
+        """bool: it is a class."""
         return (target >= 0) & (target < self.num_classes)
+
+    def here(self, target: Tensor) -> Tensor:
+        """bool: it is a class of this rank."""
+        return (target >= self.start) & (target < self.start + self.size)
 
     def gathered(self, mine: Tensor) -> Tensor:
         """(R, ...): what every rank has."""
@@ -315,36 +311,37 @@ def _merged(
     """
     lists = [min(k, size) for size in shards.sizes]
     most, own = max(lists), lists[shards.rank]
+    y = target.unsqueeze(-1)
+    mine, at_target = (
+        values[:, :own],
+        torch.where(shards.here(y), values[:, own : own + 1], -torch.inf),
+    )
     # as integers, beside which the classes travel in the same message, and the size of the shard
     bits = torch.int64 if values.dtype == torch.float64 else torch.int32
-    mine = values[:, :own], values[:, own]
-    numbers = values.detach().view(bits)
     message = torch.cat(
         [
-            _padded(numbers[:, :own], most),
+            _padded(mine.detach().view(bits), most),
             _padded((classes[:, :own] + shards.start).to(bits), most),
-            numbers[:, own : own + 1],
-            numbers.new_full((numbers.shape[0], 1), shards.size),
+            at_target.detach().view(bits),
+            classes.new_full((classes.shape[0], 1), shards.size, dtype=bits),
         ],
         -1,
     )
     messages = shards.gathered(message)
     checks.gathered_sizes(messages[..., -1], shards.sizes)
-    columns, names, at_target = [], [], []
-    for rank, size in enumerate(lists):
-        theirs = (messages[rank, :, place].view(values.dtype) for place in (slice(size), -2))
-        of_rank, last = mine if rank == shards.rank else theirs
-        columns.append(of_rank)
-        names.append(messages[rank, :, most : most + size].int())
-        at_target.append(last)
-    listed, y = torch.cat(names, -1), target.unsqueeze(-1)
+    columns = [messages[rank, :, :size].view(values.dtype) for rank, size in enumerate(lists)]
+    names = [messages[rank, :, most : most + size].int() for rank, size in enumerate(lists)]
+    columns[shards.rank] = mine
+    listed = torch.cat(names, -1)
     found = listed == y
     inside, has = found.any(-1, keepdim=True), shards.has(y)
     place = torch.where(inside, found.int().argmax(-1, keepdim=True), listed.shape[-1])
-    value = torch.stack(at_target, -1).gather(-1, shards.owner(y))
+    # one rank has it, the others -inf
+    of_others = messages[..., -2].view(values.dtype).amax(0).unsqueeze(-1)
+    value = torch.where(shards.here(y), at_target, of_others)
     columns.append(torch.where(has & ~inside, value, -torch.inf))
-    names = [listed, y.int()]
-    return torch.cat(columns, -1), torch.cat(names, -1), torch.where(has, place, -1).squeeze(-1)
+    row, names_of_row = torch.cat(columns, -1), torch.cat([listed, y.int()], -1)
+    return row, names_of_row, torch.where(has, place, -1).squeeze(-1)
 
 
 def _padded(of_rank: Tensor, most: int) -> Tensor:
@@ -354,20 +351,22 @@ def _padded(of_rank: Tensor, most: int) -> Tensor:
 def _joined(
     row_max: Tensor, log_sum: Tensor, loss: Tensor, target: Tensor, shards: _Shards
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all classes, what the arguments are of this shard: the loss where it has the target."""
+    """Of all classes, what the arguments are of this shard; the loss is of those targets that are
+    here.
+    """
     # of a row whose classes are all masked here the sum is not a number, but nothing
     empty = row_max == -torch.inf
-    loss, log_sum = loss.masked_fill(empty, 0), log_sum.masked_fill(empty, 0)
+    log_sum = log_sum.masked_fill(empty, 0)
+    loss = loss.masked_fill(empty, 0).masked_fill(~shards.here(target), -torch.inf)
     message = torch.stack([row_max, log_sum, loss, torch.full_like(loss, shards.size)])
     maxima, log_sums, losses, sizes = shards.gathered(message).unbind(1)
     checks.gathered_sizes(sizes, shards.sizes)
     row_max = maxima.amax(0)
     sums = log_sums + (maxima - row_max)
     log_sum = sums.logsumexp(0)
-    owner = shards.owner(target).unsqueeze(0)
     # the loss in the target's own shard, and what the others add: both at least 0
-    others = (log_sum - sums.gather(0, owner).squeeze(0)).clamp(min=0)
-    loss = losses.gather(0, owner).squeeze(0) + others
+    losses = torch.where(losses == -torch.inf, losses, losses + (log_sum - sums).clamp(min=0))
+    loss = losses.amax(0)
     return row_max, log_sum, loss.masked_fill(~shards.has(target), torch.nan)
 
 
@@ -433,35 +432,34 @@ class _Dense(torch.autograd.Function):
         options: tuple[Any, ...],  # dtype and chunk_rows of linear.py
         backend: str,
         target: Tensor,
-        local: Tensor,  # the target as a class of this shard
         *inputs: Tensor,
     ) -> Tensor:
         fwd = linear.threshold_linear_ce_fwd if options else ops.threshold_ce_fwd
         size = shards.size
         delta = () if options else (1.0,)
         loss, _, row_max, log_sum, *cut = fwd(
-            *inputs, local, None, size, *delta, 0.0, *options, backend
+            *inputs, target - shards.start, None, size, *delta, 0.0, *options, backend
         )
         row_max, log_sum, loss = _joined(row_max, log_sum, loss, target, shards)
         ctx.options, ctx.backend, ctx.shards = options, backend, shards
-        ctx.save_for_backward(target, local, *inputs, row_max, log_sum, *cut)
+        ctx.save_for_backward(target, *inputs, row_max, log_sum, *cut)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        target, local, *rest = ctx.saved_tensors
+        target, *rest = ctx.saved_tensors
         inputs, statistics = rest[:-5], rest[-5:]
         bwd = linear.threshold_linear_ce_bwd if ctx.options else ops.threshold_ce_bwd
         # a target of another shard is no hit here: its share of the softmax comes as that of lse
-        here = (local >= 0) & (local < ctx.shards.sizes[ctx.shards.rank])
-        dlse = torch.where(ctx.shards.has(target) & ~here, dloss, 0)
-        needed = list(ctx.needs_input_grad[5:])
+        elsewhere = ctx.shards.has(target) & ~ctx.shards.here(target)
+        dlse = torch.where(elsewhere, dloss, 0)
+        needed = list(ctx.needs_input_grad[4:])
         found = bwd(
-            dloss, dlse, *inputs, local, *statistics, None, 0.0, *ctx.options,
+            dloss, dlse, *inputs, target - ctx.shards.start, *statistics, None, 0.0, *ctx.options,
             *((needed,) if ctx.options else ()), ctx.backend,
         )  # fmt: skip
         found = linear.given(found, needed) if ctx.options else [found]
-        return (*(None,) * 5, *_without_derivative(inputs[:2], found))
+        return (*(None,) * 4, *_without_derivative(inputs[:2], found))
 
 
 class _Shared(torch.autograd.Function):
@@ -566,7 +564,7 @@ def vocab_parallel_sparse_ce(
         uniform = functional.uniform_of(rows, rows.dtype, tail_samples)
         found = listed_fwd(rows, local, uniform, plan.own_k, plan.samples, plan.backend)
     else:
-        found = _dense(plan, (), row_target, local, rows)
+        found = _dense(plan, (), row_target, rows)
     return _finished(plan, found, target, row_target, None, ignore_index, reduction)
 
 
@@ -680,7 +678,7 @@ def vocab_parallel_linear_sparse_ce(
             *layer, local, uniform, plan.own_k, plan.samples, *options, sparse, plan.backend
         )
     else:
-        found = _dense(plan, options, row_target, local, *layer)
+        found = _dense(plan, options, row_target, *layer)
     return _finished(plan, found, target, row_target, kept, ignore_index, reduction)
 
 
@@ -700,9 +698,9 @@ def _check_options(
     checks.backend(backend)
 
 
-def _dense(plan: _Plan, options: tuple[Any, ...], target: Tensor, *local: Tensor | None) -> Any:
+def _dense(plan: _Plan, options: tuple[Any, ...], target: Tensor, *inputs: Tensor | None) -> Any:
     apply: Any = _Dense.apply
-    return apply(plan.shards, options, plan.backend, target, *local)
+    return apply(plan.shards, options, plan.backend, target, *inputs)
 
 
 def _finished(
