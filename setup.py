@@ -101,9 +101,18 @@ class BuildExtension(BASE_COMMAND):
             if mode == "1" and EXTENSION is None:
                 raise SystemExit(f"{name}=1: {REASON}")
         fresh = {"inplace": self.inplace, "compiler": self.compiler}
+        folder = (
+            ROOT / "python" / "sparse_ce"
+            if fresh["inplace"]
+            else Path(self.build_lib) / "sparse_ce"
+        )
         note = {"cpu": REASON, "cuda": REASON}
         if EXTENSION is not None:
             note["torch"] = import_torch().__version__
+            if self.torch_of(folder) != note["torch"]:
+                # what is compiled against another torch looks up to date all the same
+                shutil.rmtree(self.build_temp, ignore_errors=True)
+                self.remove_library(folder)
             plain = copy.deepcopy(vars(EXTENSION))
             try:
                 note["cuda"] = nvcc.add_kernels(
@@ -118,15 +127,24 @@ class BuildExtension(BASE_COMMAND):
                 vars(EXTENSION).update(plain)
                 vars(self).update(fresh)
                 note["cpu"] = self.without_cuda()
-        folder = (
-            ROOT / "python" / "sparse_ce"
-            if fresh["inplace"]
-            else Path(self.build_lib) / "sparse_ce"
-        )
+        if note["cpu"] != "built":
+            # that of an earlier run would be installed in its place
+            self.remove_library(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_build.json").write_text(json.dumps(note) + "\n")
         for kind in ("cpu", "cuda"):
             print(f"sparse_ce: {kind} kernels: {note[kind]}", file=sys.stderr)
+
+    @staticmethod
+    def torch_of(folder):
+        """What the library that lies there was built against, None where that is not known."""
+        note = folder / "_build.json"
+        return json.loads(note.read_text()).get("torch") if note.exists() else None
+
+    @staticmethod
+    def remove_library(folder):
+        for library in (*folder.glob("_C.*.so"), *folder.glob("_C.*.pyd"), *folder.glob("_C.so")):
+            library.unlink()
 
     def without_cuda(self):
         try:

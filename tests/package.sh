@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a user installs and uses it: the sdist, with plain `pip install` (a build environment of pip's own), with a
-# C++ compiler and without one. $1: a python that has torch.
+# C++ compiler and then without one, from the same folder: what the first left there must not be installed. $1: a python that
+# has torch.
 set -euo pipefail
 python=$(realpath -s "$(command -v "$1")")
 cd "$(dirname "$0")/.."
@@ -9,7 +10,8 @@ trap 'rm -rf "$work"' EXIT
 
 "$python" -m pip install -q build
 "$python" -m build -q --sdist --outdir "$work" . >/dev/null
-sdist=("$work"/*.tar.gz)
+mkdir "$work/sources"
+tar -xf "$work"/*.tar.gz -C "$work/sources" --strip-components=1
 torch=$("$python" -c "import torch; print(torch.__version__)")
 probe='
 import sys, torch, sparse_ce, sparse_ce.backends as backends
@@ -27,7 +29,7 @@ for compiler in with without; do
   "$python" -c "import sys; print('\n'.join(p for p in sys.path if p.endswith('site-packages')))" \
     > "$("$work/$compiler/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
   if [ "$compiler" = with ]; then search=$PATH; else search="$work/$compiler/bin"; fi
-  PATH=$search "$work/$compiler/bin/python" -m pip install -q --force-reinstall --no-deps "${sdist[0]}"
+  PATH=$search "$work/$compiler/bin/python" -m pip install -q --force-reinstall --no-deps "$work/sources"
   (cd "$work" && "$work/$compiler/bin/python" -c "$probe" "$torch" "$compiler" && "$work/$compiler/bin/python" -m sparse_ce)
   echo "package: $compiler a C++ compiler: installed and works"
 done

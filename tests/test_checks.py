@@ -358,7 +358,7 @@ ERRORS = {
     "embedding precision": (
         lambda: distance(embedding=EMBEDDING.double()),
         TypeError,
-        "expected float64 beside float64 and nowhere else, got torch.float64 beside torch.float32",
+        "expected float32, bfloat16 or float16 beside output of torch.float32, got torch.float64",
     ),
     "embedding of a head": (
         lambda: head(embedding=EMBEDDING[0]),

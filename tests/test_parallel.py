@@ -528,6 +528,24 @@ def _mistakes(rank):
         vocab_parallel_sparse_ce(torch.zeros(3, 5 + rank), target, 2)
     with pytest.raises(ValueError, match=r"^shard_sizes: expected \[5, 6\].*, got \[(5, 5|6, 6)\]"):
         vocab_parallel_sparse_ce(torch.zeros(3, 5 + rank), target, None)
+    with pytest.raises(ValueError, match="^shard_sizes: expected"):  # before a target of the other
+        vocab_parallel_sparse_ce(torch.zeros(3, 5 + rank), target + 10, 2)
+    logits, weight = torch.zeros(3, 5), torch.zeros(5, 2)
+    for name, call in (
+        ("target", lambda: vocab_parallel_sparse_ce(logits, target + rank, 2)),
+        ("target.shape", lambda: vocab_parallel_sparse_ce(logits[rank:], target[rank:], 2)),
+        ("k", lambda: vocab_parallel_sparse_ce(logits, target, 2 + rank)),
+        ("k", lambda: vocab_parallel_sparse_ce(logits, target, rank or None)),
+        ("reduction", lambda: vocab_parallel_sparse_ce(
+            logits, target, 2, reduction=("sum", "mean")[rank]
+        )),
+        ("dtype", lambda: vocab_parallel_sparse_ce(logits.half() if rank else logits, target, 2)),
+        ("hidden.requires_grad", lambda: vocab_parallel_linear_sparse_ce(
+            torch.zeros(3, 2, requires_grad=rank == 1), weight, target, 2
+        )),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: expected the same on every rank, got "):
+            call()
     for wrong, kind, message in (
         ((5, 6, 7), ValueError, "expected one for each of 2 ranks, got 3"),
         ((4, 4), ValueError, "expected 5, what this rank has, at shard_sizes"),

@@ -20,7 +20,10 @@ def _cpu_isa() -> str:
     if schema.NATIVE_ERROR is not None:
         return "unknown without the compiled library"
     forced = " (SPARSE_CE_CPU_ISA)" if os.environ.get("SPARSE_CE_CPU_ISA") else ""
-    return str(torch.ops.sparse_ce_native.cpu_isa()) + forced
+    try:
+        return str(torch.ops.sparse_ce_native.cpu_isa()) + forced
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
 
 
 def report() -> str:

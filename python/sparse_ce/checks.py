@@ -27,8 +27,8 @@ def _no_dtensor(name: str, value: object) -> None:
         )
         raise TypeError(
             f"{name}: expected a plain torch.Tensor, got a DTensor; {remedy}; where its classes "
-            "are sharded over ranks pass to_local() to vocab_parallel_sparse_ce, or to "
-            "vocab_parallel_linear_sparse_ce"
+            "are sharded over ranks pass to_local(), and mesh.get_group(), to "
+            "vocab_parallel_sparse_ce or vocab_parallel_linear_sparse_ce"
         )
 
 
@@ -48,8 +48,11 @@ def has_values(tensor: Tensor) -> bool:
     return fake is None or not isinstance(tensor, fake.FakeTensor)
 
 
-def debugging() -> bool:
-    return os.environ.get("SPARSE_CE_DEBUG", "0") == "1"
+def may_wait(tensor: Tensor) -> bool:
+    """Whether to look at its numbers costs nothing, on the CPU, or is asked for."""
+    if not has_values(tensor):
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("SPARSE_CE_DEBUG", "0") == "1"
 
 
 def _kind(value: object) -> str:
@@ -77,6 +80,15 @@ def numbers(name: str, value: Tensor) -> None:
     if value.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}"
+        )
+
+
+def _precision(name: str, value: Tensor, beside: Tensor, beside_name: str) -> None:
+    """Of float64 all is, or nothing."""
+    if (value.dtype == torch.float64) != (beside.dtype == torch.float64):
+        wanted = "float64" if beside.dtype == torch.float64 else "float32, bfloat16 or float16"
+        raise TypeError(
+            f"{name}: expected {wanted} beside {beside_name} of {beside.dtype}, got {value.dtype}"
         )
 
 
@@ -120,9 +132,7 @@ def target_range(value: Tensor, num_classes: int, ignore_index: int) -> None:
 
     Elsewhere, and in a compiled graph, such a row's loss is NaN and its gradient zero.
     """
-    if not has_values(value):
-        return
-    if value.device.type != "cpu" and not debugging():
+    if not may_wait(value):
         return
     if value.numel() == 0:
         return
@@ -233,11 +243,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(
                 f"{name}: expected the device of hidden, {hidden.device}, got {value.device}"
             )
-        if (value.dtype == torch.float64) != (hidden.dtype == torch.float64):
-            raise TypeError(
-                f"{name}: expected float64 beside float64 and nowhere else, got {value.dtype} "
-                f"beside {hidden.dtype}"
-            )
+        _precision(name, value, hidden, "hidden")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape (..., D) with D >= 1, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -259,7 +265,8 @@ def process_group(value: Any) -> None:
         )
     elsewhere = value == distributed.GroupMember.NON_GROUP_MEMBER
     if value is not None and not (elsewhere or isinstance(value, distributed.ProcessGroup)):
-        raise TypeError(f"group: expected a ProcessGroup or None, got {_kind(value)}")
+        hint = "; pass mesh.get_group()" if hasattr(value, "get_group") else ""
+        raise TypeError(f"group: expected a ProcessGroup or None, got {_kind(value)}{hint}")
     if elsewhere or distributed.get_rank(value) < 0:
         raise ValueError("group: expected one that this rank is in, got one of other ranks")
 
@@ -291,17 +298,18 @@ def k_of_shards(value: int, sizes: Sequence[int]) -> None:
         )
 
 
-def gathered_sizes(value: Tensor, sizes: Sequence[int]) -> None:
-    """What every rank says that it has, (R, N), where looking costs no synchronisation."""
-    if not has_values(value) or value.shape[-1] == 0:
-        return
-    if value.device.type != "cpu" and not debugging():
-        return
-    found = [int(size) for size in value[:, 0]]
-    if found != list(sizes):
+def ranks(found: Sequence[tuple[int, dict[str, Any]]], sizes: Sequence[int]) -> None:
+    """What every rank says that it has: its classes, and what has to be the same on all of them."""
+    classes = [size for size, _ in found]
+    if classes != list(sizes):
         raise ValueError(
-            f"shard_sizes: expected {found}, the classes that the ranks have, got {list(sizes)}"
+            f"shard_sizes: expected {classes}, the classes that the ranks have, got {list(sizes)}"
         )
+    for name in found[0][1]:
+        values = [given[name] for _, given in found]
+        if any(value != values[0] for value in values):
+            shown = "other classes" if name == "target" else values
+            raise ValueError(f"{name}: expected the same on every rank, got {shown}")
 
 
 def weight_grad(value: str) -> None:
@@ -473,6 +481,11 @@ def weight_of_module(name: str, value: Tensor | None, num_classes: int | None = 
     _class_weight(name, value, num_classes)
 
 
+def bias_of_module(value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"bias: expected a bool, got {_kind(value)}")
+
+
 def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str, object]) -> None:
     """A layer of which nothing is lost where another takes its parameters."""
     if not isinstance(value, nn.Linear):
@@ -526,11 +539,7 @@ def table(name: str, value: Tensor, output: Tensor | None = None, least: int = 1
         raise ValueError(
             f"{name}: expected the device of output, {output.device}, or cpu, got {value.device}"
         )
-    if (value.dtype == torch.float64) != (output.dtype == torch.float64):
-        raise TypeError(
-            f"{name}: expected float64 beside float64 and nowhere else, got {value.dtype} beside "
-            f"{output.dtype}"
-        )
+    _precision(name, value, output, "output")
 
 
 def distance(value: str) -> None:

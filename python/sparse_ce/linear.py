@@ -549,7 +549,7 @@ def fused_linear_sparse_ce(
         weight_grad: "dense", or "row_sparse": a sparse COO tensor of the rows that the batch
             touched, for ``torch.optim.SparseAdam`` and very large V. Not under torch.compile.
         backward: "sparse" sums rows, "dense" multiplies matrices chunk by chunk, "auto" takes the
-            faster by a measured rule, ``is_sparse``. The dense softmax, and k beyond 1024, always
+            faster by a measured rule. The dense softmax, and k beyond 1024, always
             multiply; "row_sparse" always sums rows.
         chunk_bytes: target for the size of the logits' buffer; None is 128 MB on the CPU and 256 MB
             on a GPU.

@@ -131,6 +131,7 @@ class SparseLinearCrossEntropy(nn.Linear, _Options):
         chunk_bytes: int | None = None,
         backend: str = "auto",
     ) -> None:
+        checks.bias_of_module(bias)
         super().__init__(in_features, out_features, bias, device, dtype)
         checks.k(k)
         checks.weight_of_module("class_weight", class_weight, out_features)

@@ -100,27 +100,56 @@ def _shards(
 
 
 def _plan(
+    of: Tensor,  # logits, or hidden
+    is_hidden: bool,
+    dtype: torch.dtype,  # of the logits
+    classes: int,
+    target: Tensor,
     k: int | None,
     group: dist.ProcessGroup | None,
     shard_sizes: Sequence[int] | None,
-    classes: int,
+    ignore_index: int,
     normalizer: str,
     tail_samples: int,
+    reduction: str,
     return_support: bool,
-    device: str,
-    dtype: torch.dtype,
     backend: str,
 ) -> _Plan:
     checks.k(k)
+    checks.ignore_index(ignore_index)
+    checks.normalizer(normalizer)
+    checks.tail_samples(tail_samples, normalizer)
+    checks.reduction(reduction)
+    checks.return_support(return_support)
+    checks.backend(backend)
     shards = _shards(group, shard_sizes, classes)
+    if checks.may_wait(target):
+        # before what one rank may find wrong alone: the others would wait for it
+        flat = target.flatten().long()
+        given = {
+            "target.shape": tuple(target.shape),
+            "target": int((flat * torch.arange(1, len(flat) + 1, device=flat.device)).sum()),
+            "k": k,
+            "ignore_index": ignore_index,
+            "normalizer": normalizer,
+            "tail_samples": tail_samples,
+            "reduction": reduction,
+            "return_support": return_support,
+            "dtype": dtype,
+            "hidden.requires_grad": is_hidden and of.requires_grad,
+        }
+        found: list[Any] = [None] * len(shards.sizes)
+        dist.all_gather_object(found, (classes, given), group)
+        checks.ranks(found, shards.sizes)
     k = shards.num_classes if k is None else min(k, shards.num_classes)
     fewer = functional.is_fewer(k, shards.num_classes)
     samples = functional.samples_of(normalizer, tail_samples) if fewer else None
     if samples is not None:
         checks.k_of_shards(k, shards.sizes)
+    checks.target_range(target, shards.num_classes, ignore_index)
     listed = fewer or return_support
     large = listed and functional.is_large(k + 1 + (samples or 0))
-    name = backends.resolve(backend, device, dtype, large)
+    name = backends.resolve(backend, of.device.type, dtype, large)
     return _Plan(shards, k, samples, listed, return_support, name)
 
 
@@ -316,19 +345,17 @@ def _merged(
         values[:, :own],
         torch.where(shards.here(y), values[:, own : own + 1], -torch.inf),
     )
-    # as integers, beside which the classes travel in the same message, and the size of the shard
+    # as integers, beside which the classes travel in the same message
     bits = torch.int64 if values.dtype == torch.float64 else torch.int32
     message = torch.cat(
         [
             _padded(mine.detach().view(bits), most),
             _padded((classes[:, :own] + shards.start).to(bits), most),
             at_target.detach().view(bits),
-            classes.new_full((classes.shape[0], 1), shards.size, dtype=bits),
         ],
         -1,
     )
     messages = shards.gathered(message)
-    checks.gathered_sizes(messages[..., -1], shards.sizes)
     columns = [messages[rank, :, :size].view(values.dtype) for rank, size in enumerate(lists)]
     names = [messages[rank, :, most : most + size].int() for rank, size in enumerate(lists)]
     columns[shards.rank] = mine
@@ -337,7 +364,7 @@ def _merged(
     inside, has = found.any(-1, keepdim=True), shards.has(y)
     place = torch.where(inside, found.int().argmax(-1, keepdim=True), listed.shape[-1])
     # one rank has it, the others -inf
-    of_others = messages[..., -2].view(values.dtype).amax(0).unsqueeze(-1)
+    of_others = messages[..., -1].view(values.dtype).amax(0).unsqueeze(-1)
     value = torch.where(shards.here(y), at_target, of_others)
     columns.append(torch.where(has & ~inside, value, -torch.inf))
     row, names_of_row = torch.cat(columns, -1), torch.cat([listed, y.int()], -1)
@@ -358,9 +385,8 @@ def _joined(
     empty = row_max == -torch.inf
     log_sum = log_sum.masked_fill(empty, 0)
     loss = loss.masked_fill(empty, 0).masked_fill(~shards.here(target), -torch.inf)
-    message = torch.stack([row_max, log_sum, loss, torch.full_like(loss, shards.size)])
-    maxima, log_sums, losses, sizes = shards.gathered(message).unbind(1)
-    checks.gathered_sizes(sizes, shards.sizes)
+    message = torch.stack([row_max, log_sum, loss])
+    maxima, log_sums, losses = shards.gathered(message).unbind(1)
     row_max = maxima.amax(0)
     sums = log_sums + (maxima - row_max)
     log_sum = sums.logsumexp(0)
@@ -528,7 +554,7 @@ def vocab_parallel_sparse_ce(
     Every rank of the group calls it, with its own classes of the same rows, and gets the same loss;
     the classes that are kept are those of the logits in one piece, bit for bit. Every rank calls
     backward too, with the same upstream gradient, and gets the gradient of its own logits. A rank
-    sends 2 k + 2 numbers per row in forward, 4 of the softmax of all classes, and none in backward.
+    sends 2 k + 1 numbers per row in forward, 3 of the softmax of all classes, and none in backward.
 
     Args:
         logits: (..., V_rank): the logits of this rank's classes, those of rank 0 first.
@@ -536,12 +562,16 @@ def vocab_parallel_sparse_ce(
             rank.
         k: how many of all V classes to keep; None or ``k >= V``: the dense softmax.
         group: the ranks, in the order of their classes; None: all.
-        shard_sizes: how many classes each rank has; None: as many as this one. On the CPU, and with
-            ``SPARSE_CE_DEBUG=1`` on a GPU, another rank's that differ are an error.
+        shard_sizes: how many classes each rank has; None: as many as this one.
         normalizer, tail_samples: as of ``fused_sparse_ce``, but that with "full" every rank keeps
             the k largest of its own classes, draws ``tail_samples`` of its others, and has to have
-            more than k. The Support is of the k largest of all.
+            more than k: the loss is the same, of the gradient there is more. The Support is of the
+            k largest of all.
         ignore_index, reduction, return_support, backend: as of ``fused_sparse_ce``.
+
+    All but the logits has to be the same on every rank. On the CPU, and with
+    ``SPARSE_CE_DEBUG=1`` on a GPU, what differs is an error on all of them; elsewhere, and in a
+    compiled graph, it is not looked for.
 
     Returns:
         As ``fused_sparse_ce``. There is no second derivative: asking for one is an error.
@@ -551,12 +581,10 @@ def vocab_parallel_sparse_ce(
     """
     checks.logits(logits)
     checks.target(target, logits)
-    _check_options(ignore_index, normalizer, tail_samples, reduction, return_support, backend)
     plan = _plan(
-        k, group, shard_sizes, logits.shape[-1], normalizer, tail_samples, return_support,
-        logits.device.type, logits.dtype, backend,
+        logits, False, logits.dtype, logits.shape[-1], target, k, group, shard_sizes, ignore_index,
+        normalizer, tail_samples, reduction, return_support, backend,
     )  # fmt: skip
-    checks.target_range(target, plan.shards.num_classes, ignore_index)
     rows = functional.as_rows(logits).flatten(0, -2)
     row_target = target.reshape(-1).to(torch.int64)
     local = row_target - plan.shards.start
@@ -647,15 +675,13 @@ def vocab_parallel_linear_sparse_ce(
     """
     checks.linear(hidden, weight, bias)
     checks.target(target, hidden, "hidden")
-    _check_options(ignore_index, normalizer, tail_samples, reduction, return_support, backend)
     checks.backward(backward)
     checks.chunk_bytes(chunk_bytes)
-    size, device, dtype = weight.shape[0], hidden.device.type, linear.product_dtype(hidden)
+    size, dtype = weight.shape[0], linear.product_dtype(hidden)
     plan = _plan(
-        k, group, shard_sizes, size, normalizer, tail_samples, return_support, device, dtype,
-        backend,
+        hidden, True, dtype, size, target, k, group, shard_sizes, ignore_index, normalizer,
+        tail_samples, reduction, return_support, backend,
     )  # fmt: skip
-    checks.target_range(target, plan.shards.num_classes, ignore_index)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     row_target = target.reshape(-1).to(torch.int64)
     kept = None if return_support else linear.rows_that_count(row_target, ignore_index)
@@ -672,7 +698,7 @@ def vocab_parallel_linear_sparse_ce(
             # a rank has its share of the k, but draws of its own
             pairs = plan.k if plan.samples is None else plan.k + plan.samples
             classes = plan.shards.num_classes if plan.samples is None else size
-            sparse = linear.is_sparse(pairs, classes, device, dtype)
+            sparse = linear.is_sparse(pairs, classes, hidden.device.type, dtype)
         uniform = functional.uniform_of(rows, dtype, tail_samples)
         found = listed_linear_fwd(
             *layer, local, uniform, plan.own_k, plan.samples, *options, sparse, plan.backend
@@ -680,22 +706,6 @@ def vocab_parallel_linear_sparse_ce(
     else:
         found = _dense(plan, options, row_target, *layer)
     return _finished(plan, found, target, row_target, kept, ignore_index, reduction)
-
-
-def _check_options(
-    ignore_index: int,
-    normalizer: str,
-    tail_samples: int,
-    reduction: str,
-    return_support: bool,
-    backend: str,
-) -> None:
-    checks.ignore_index(ignore_index)
-    checks.normalizer(normalizer)
-    checks.tail_samples(tail_samples, normalizer)
-    checks.reduction(reduction)
-    checks.return_support(return_support)
-    checks.backend(backend)
 
 
 def _dense(plan: _Plan, options: tuple[Any, ...], target: Tensor, *inputs: Tensor | None) -> Any:
