@@ -23,6 +23,7 @@ from sparse_ce import (
 )
 from test_linear import LinearTruth, gradients, layer, statistics
 from test_tail import dense_gradient
+from torch.utils.checkpoint import checkpoint
 
 # fewer classes than are kept, more than that, many
 SIZES = {1: (67,), 2: (5, 62), 3: (5, 21, 41)}
@@ -520,6 +521,103 @@ def _layers(rank):
 
 def test_layers_in_a_group_of_some_ranks():
     on_ranks(3, _layers)
+
+
+def _layouts(rank):
+    """What lies elsewhere in memory is what lies in order; and options that one way alone has."""
+    whole, logits, target = float_problem(rank, (4, 6))
+    ids = torch.stack([target, target + 1], -1)
+    assert not ids[..., 0].is_contiguous()
+    columns = logits.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+    hidden, weight = torch.randn(6, 4, 16).transpose(0, 1), torch.randn(16, SHARDS[rank]).t()
+    for way in WAYS:
+        options = {"shard_sizes": SHARDS, "ignore_index": int(target[0, 0]), **way}
+        results = []
+        for z, y, h, w in (
+            (logits, target, hidden.contiguous(), weight.contiguous()),
+            (columns, ids[..., 0], hidden, weight),
+        ):
+            torch.manual_seed(1)
+            loss = vocab_parallel_sparse_ce(z, y, **options)
+            h, w = h.requires_grad_(), w.requires_grad_()
+            of_layer = vocab_parallel_linear_sparse_ce(h, w, y, **options)
+            found = torch.autograd.grad(loss + of_layer, (z, h, w))
+            results.append((loss, of_layer, *found))
+        for plain, strided in zip(*results, strict=True):
+            torch.testing.assert_close(plain, strided)
+        # rows of two dimensions, one of them strided, are read where they are
+        rows = torch.randn(8, 9, 3000)[:, :-1]
+        y = torch.zeros(8, 8, dtype=torch.int64)
+        allocations, _ = sizes_of_allocations(partial(vocab_parallel_sparse_ce, rows, y, **way))
+        assert max(allocations) < rows.numel()
+
+        torch.manual_seed(1)
+        vocab_parallel_sparse_ce(logits, target, **options)
+        after = torch.random.get_rng_state()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            vocab_parallel_sparse_ce(logits, target, **options)
+        assert torch.equal(torch.random.get_rng_state(), after)
+        torch.manual_seed(1)
+        call = partial(vocab_parallel_sparse_ce, **options)
+        checkpoint(call, logits, target, use_reentrant=True).backward()
+        torch.testing.assert_close(logits.grad, results[0][2])
+        logits.grad = None
+
+        # a shard of which nothing is possible: padded classes
+        bias = torch.full((SHARDS[rank],), -torch.inf if rank else 0.0)
+        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = target % SHARDS[0]
+        of_layer = vocab_parallel_linear_sparse_ce(h, w, y, bias=bias, shard_sizes=SHARDS, **way)
+        dhidden, dweight = torch.autograd.grad(of_layer, (h, w))
+        assert of_layer.isfinite() and dhidden.isfinite().all() and dweight.isfinite().all()
+        assert (dweight == 0).all() == bool(rank)
+
+    call = partial(vocab_parallel_sparse_ce, logits, target, shard_sizes=SHARDS)
+    _, support = call(k=5, return_support=True)
+    assert support.to_sparse_csr().shape == (24, sum(SHARDS))
+    with pytest.raises(RuntimeError, match="expected a call outside of torch.func"):
+        torch.func.grad(lambda z: vocab_parallel_sparse_ce(z, target, 5, shard_sizes=SHARDS))(
+            logits.detach()
+        )
+    with pytest.raises(ValueError, match="^k: expected k < 20, the classes of the smallest shard"):
+        call(k=30, normalizer="full")
+    with pytest.raises(IndexError, match="^target: expected classes in"):
+        vocab_parallel_linear_sparse_ce(hidden, weight, target + 67, 5, shard_sizes=SHARDS)
+
+    # beyond what the list regime of one shard has
+    shards = (1500, 700)
+    whole, logits, target = float_problem(rank, (3,), shards)
+    loss, support = vocab_parallel_sparse_ce(
+        logits, target, 1100, shard_sizes=shards, return_support=True
+    )
+    truth = Truth(whole, target, 1100)
+    truth.assert_loss(vocab_parallel_sparse_ce(
+        logits, target, 1100, shard_sizes=shards, reduction="none"
+    ))  # fmt: skip
+    assert torch.equal(support.indices.long(), truth.indices)
+
+
+def test_layouts_and_options():
+    on_ranks(2, _layouts)
+
+
+def _schedule(rank):
+    """One graph for the k of a schedule, beyond what the smallest shard has and below."""
+    whole, logits, target = float_problem(rank)
+    step = torch.compile(
+        lambda z, y, k: vocab_parallel_sparse_ce(z, y, k, shard_sizes=SHARDS), fullgraph=True
+    )
+    for k in (60, 50, 30, 28, 9, 5):
+        loss = step(logits, target, k)
+        torch.testing.assert_close(loss.double(), reference.sparse_ce(whole, target, k))
+        (found,) = torch.autograd.grad(loss, logits)
+        eager = vocab_parallel_sparse_ce(logits, target, k, shard_sizes=SHARDS)
+        torch.testing.assert_close(found, torch.autograd.grad(eager, logits)[0])
+
+
+def test_a_compiled_step_whose_k_shrinks():
+    on_ranks(2, _schedule)
 
 
 def _mistakes(rank):

@@ -271,6 +271,14 @@ def process_group(value: Any) -> None:
         raise ValueError("group: expected one that this rank is in, got one of other ranks")
 
 
+def no_transform() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "vocab_parallel_sparse_ce: expected a call outside of torch.func (grad, vjp, jacrev, "
+            "vmap), got one inside: the ranks wait for each other"
+        )
+
+
 def shard_sizes(value: Sequence[int], rank: int, ranks: int, classes: int) -> None:
     """The classes of each rank, of which this one has `classes`."""
     if isinstance(value, str) or not isinstance(value, Sequence):
@@ -280,6 +288,8 @@ def shard_sizes(value: Sequence[int], rank: int, ranks: int, classes: int) -> No
             raise TypeError(f"shard_sizes: expected ints, got {_kind(size)}")
         if size < 1:
             raise ValueError(f"shard_sizes: expected at least 1 class of each rank, got {size}")
+    if sum(value) >= 2**31:
+        raise ValueError(f"shard_sizes: expected fewer than 2^31 classes in all, got {sum(value)}")
     if len(value) != ranks:
         raise ValueError(f"shard_sizes: expected one for each of {ranks} ranks, got {len(value)}")
     if value[rank] != classes:

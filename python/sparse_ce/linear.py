@@ -615,7 +615,9 @@ def fused_linear_sparse_ce(
     support = None
     if listed:
         op: Any = _RowSparse.apply if weight_grad == "row_sparse" else topk_linear_ce_fwd
-        uniform = functional.uniform_of(rows, dtype, tail_samples)
+        uniform = None
+        if samples is not None:
+            uniform = functional.uniform_of(rows, dtype, tail_samples)
         loss, lse, indices, probs = op(*arguments, uniform, samples, sparse, name)
         if return_support:
             support = functional.support_of(target, indices, probs, lse, k, num_classes)

@@ -87,6 +87,11 @@ class _Plan(NamedTuple):
     def own_k(self) -> int:
         return min(self.k, self.shards.size)
 
+    def uniform(self, rows: Tensor, dtype: torch.dtype, tail_samples: int) -> Tensor | None:
+        if self.samples is None:
+            return None
+        return functional.uniform_of(rows, dtype, tail_samples)
+
 
 def _shards(
     group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, classes: int
@@ -115,6 +120,7 @@ def _plan(
     return_support: bool,
     backend: str,
 ) -> _Plan:
+    checks.no_transform()
     checks.k(k)
     checks.ignore_index(ignore_index)
     checks.normalizer(normalizer)
@@ -125,7 +131,7 @@ def _plan(
     shards = _shards(group, shard_sizes, classes)
     if checks.may_wait(target):
         # before what one rank may find wrong alone: the others would wait for it
-        flat = target.flatten().long()
+        flat = target.reshape(-1).long()
         given = {
             "target.shape": tuple(target.shape),
             "target": int((flat * torch.arange(1, len(flat) + 1, device=flat.device)).sum()),
@@ -171,7 +177,7 @@ def _listed(
     indices = topk(logits, target, None, k, 0.0)[2]
     y = target.unsqueeze(-1)
     beside = (y >= 0) & (y < logits.shape[-1]) & ~(indices == y).any(-1, keepdim=True)
-    own = torch.where(beside, y.int(), indices[:, :1])
+    own = torch.where(beside, y.int(), indices[..., :1])
     classes, of_all = [indices, own], None
     if samples is not None:
         draw: Any = backends.implementation(backend, "tail_fwd")
@@ -257,9 +263,9 @@ listed_linear_bwd = torch.ops.sparse_ce.listed_linear_bwd.default
 def _empty_list(
     like: Tensor, k: int, samples: int | None, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    rows, statistics = like.shape[0], schema.statistics_dtype(dtype)
-    listed = (rows, k + 1 + (samples or 0))
-    of_all = (like.new_empty(0 if samples is None else rows, dtype=statistics) for _ in range(3))
+    rows, statistics = like.shape[:-1], schema.statistics_dtype(dtype)
+    listed = (*rows, k + 1 + (samples or 0))
+    of_all = (like.new_empty((0,) if samples is None else rows, dtype=statistics) for _ in range(3))
     return (
         like.new_empty(listed, dtype=statistics),
         like.new_empty(listed, dtype=torch.int32),
@@ -274,7 +280,7 @@ def _(logits, target, uniform, k, samples, backend):  # type: ignore[no-untyped-
 
 @torch.library.register_fake("sparse_ce::listed_bwd")
 def _(dvalues, classes, k, num_classes, dtype, backend):  # type: ignore[no-untyped-def]
-    return dvalues.new_empty((dvalues.shape[0], num_classes), dtype=dtype)
+    return dvalues.new_empty((*dvalues.shape[:-1], num_classes), dtype=dtype)
 
 
 @torch.library.register_fake("sparse_ce::listed_linear_fwd")
@@ -291,10 +297,13 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     logits, _, _, ctx.k, _, ctx.backend = inputs
     ctx.num_classes, ctx.dtype = logits.shape[-1], logits.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _autograd(ctx: Any, dvalues: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dvalues: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dvalues is None:
+        return (None,) * 6
     options = (ctx.k, ctx.num_classes, ctx.dtype, ctx.backend)
     return listed_bwd(dvalues, *ctx.saved_tensors, *options), *(None,) * 5
 
@@ -303,10 +312,13 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     hidden, weight, _, _, _, k, _, *options, ctx.backend = inputs
     ctx.options = k, *options
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], hidden, weight)
 
 
-def _linear_autograd(ctx: Any, dvalues: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _linear_autograd(ctx: Any, dvalues: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dvalues is None:
+        return (None,) * 11
     needed = list(ctx.needs_input_grad[:3])
     found = listed_linear_bwd(dvalues, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
     return (*linear.given(found, needed), *(None,) * 8)
@@ -356,8 +368,10 @@ def _merged(
         -1,
     )
     messages = shards.gathered(message)
-    columns = [messages[rank, :, :size].view(values.dtype) for rank, size in enumerate(lists)]
-    names = [messages[rank, :, most : most + size].int() for rank, size in enumerate(lists)]
+    # narrow: of a slice whose end may lie beyond, k unknown, the compiler asks which is less
+    of_ranks = [messages[rank].narrow(-1, 0, size) for rank, size in enumerate(lists)]
+    columns = [numbers.view(values.dtype) for numbers in of_ranks]
+    names = [messages[rank].narrow(-1, most, size).int() for rank, size in enumerate(lists)]
     columns[shards.rank] = mine
     listed = torch.cat(names, -1)
     found = listed == y
@@ -397,25 +411,28 @@ def _joined(
 
 
 class _Sloped(torch.autograd.Function):
-    """A number of each row whose derivatives by `values` are known."""
+    """A number of each row whose derivatives by `values` are known. One of the values is kept, to
+    say that the slopes depend on them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, number: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
-        ctx.save_for_backward(values, slopes)
+    def forward(ctx: Any, number: Tensor, values: Tensor, one: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(one, slopes)
         return number.view_as(number)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        values, slopes = ctx.saved_tensors
+        one, slopes = ctx.saved_tensors
         found = ops.upstream_times(upstream.unsqueeze(-1), slopes)
-        return None, *_without_derivative((values,), (found,)), None
+        return None, *_without_derivative((one,), (found,)), None, None
 
 
 def _of_lists(found: tuple[Tensor, ...], target: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
     """loss, lse, indices, probs, as topk_ce_fwd of all classes; with `samples`, that is with the
     softmax of all classes, the loss alone where nobody asks for the support.
     """
-    values, classes, row_max, log_sum, share = found
+    values, classes = (t.flatten(0, -2) for t in found[:2])
+    row_max, log_sum, share = (t.flatten() for t in found[2:])
     shards, k, samples = plan.shards, plan.k, plan.samples
     if samples is None:
         row, names, place = _merged(values, classes, target, k, shards)
@@ -435,10 +452,11 @@ def _of_lists(found: tuple[Tensor, ...], target: Tensor, plan: _Plan) -> tuple[T
     of_loss = slopes - torch.nn.functional.pad(at_target.to(p.dtype), (0, samples))
     of_loss = torch.where(shards.has(target).unsqueeze(-1), of_loss, 0)
     sloped: Any = _Sloped.apply
-    loss = sloped(loss, values, of_loss)
+    one = values[:1, :1].clone()
+    loss = sloped(loss, values, one, of_loss)
     if not plan.return_support:
         return (loss,)
-    log_sum = sloped(total, values, slopes)
+    log_sum = sloped(total, values, one, slopes)
     row, names, place = _merged(values, classes, target, k, shards)
     places = ops.topk_ce_fwd(row.detach(), place, None, k, 0.0, plan.backend)[2].long()
     exponent = (row.gather(-1, places) - highest.unsqueeze(-1)) - log_sum.unsqueeze(-1)
@@ -554,13 +572,15 @@ def vocab_parallel_sparse_ce(
     Every rank of the group calls it, with its own classes of the same rows, and gets the same loss;
     the classes that are kept are those of the logits in one piece, bit for bit. Every rank calls
     backward too, with the same upstream gradient, and gets the gradient of its own logits. A rank
-    sends 2 k + 1 numbers per row in forward, 3 of the softmax of all classes, and none in backward.
+    sends 2 k + 1 numbers per row in forward, 3 of the softmax of all classes (the others too where
+    that has a Support), and none in backward.
 
     Args:
         logits: (..., V_rank): the logits of this rank's classes, those of rank 0 first.
         target: (...) int64 or int32, in [0, V) with V the classes of all ranks, the same on every
             rank.
-        k: how many of all V classes to keep; None or ``k >= V``: the dense softmax.
+        k: how many of all V classes to keep; None or ``k >= V``: the dense softmax. Any other k is
+            listed.
         group: the ranks, in the order of their classes; None: all.
         shard_sizes: how many classes each rank has; None: as many as this one.
         normalizer, tail_samples: as of ``fused_sparse_ce``, but that with "full" every rank keeps
@@ -585,12 +605,13 @@ def vocab_parallel_sparse_ce(
         logits, False, logits.dtype, logits.shape[-1], target, k, group, shard_sizes, ignore_index,
         normalizer, tail_samples, reduction, return_support, backend,
     )  # fmt: skip
-    rows = functional.as_rows(logits).flatten(0, -2)
-    row_target = target.reshape(-1).to(torch.int64)
-    local = row_target - plan.shards.start
+    rows = functional.as_rows(logits)
+    row_target = functional.as_row_target(target, rows)
     if plan.listed:
-        uniform = functional.uniform_of(rows, rows.dtype, tail_samples)
+        uniform = plan.uniform(rows, rows.dtype, tail_samples)
+        local = row_target - plan.shards.start
         found = listed_fwd(rows, local, uniform, plan.own_k, plan.samples, plan.backend)
+        row_target = row_target.flatten()
     else:
         found = _dense(plan, (), row_target, rows)
     return _finished(plan, found, target, row_target, None, ignore_index, reduction)
@@ -683,7 +704,7 @@ def vocab_parallel_linear_sparse_ce(
         tail_samples, reduction, return_support, backend,
     )  # fmt: skip
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    row_target = target.reshape(-1).to(torch.int64)
+    row_target = target.reshape(-1).to(torch.int64).contiguous()
     kept = None if return_support else linear.rows_that_count(row_target, ignore_index)
     if kept is not None:
         rows, row_target = rows[kept], row_target[kept]
@@ -691,15 +712,15 @@ def vocab_parallel_linear_sparse_ce(
     rows = shared(rows, plan.shards.group)
     options = (dtype, linear.rows_of_buffer(rows, size, dtype, chunk_bytes))
     layer = (rows, weight.contiguous(), bias)
-    local = row_target - plan.shards.start
     if plan.listed:
+        local = row_target - plan.shards.start
         sparse = backward == "sparse"
         if backward == "auto":
             # a rank has its share of the k, but draws of its own
             pairs = plan.k if plan.samples is None else plan.k + plan.samples
             classes = plan.shards.num_classes if plan.samples is None else size
             sparse = linear.is_sparse(pairs, classes, hidden.device.type, dtype)
-        uniform = functional.uniform_of(rows, dtype, tail_samples)
+        uniform = plan.uniform(rows, dtype, tail_samples)
         found = listed_linear_fwd(
             *layer, local, uniform, plan.own_k, plan.samples, *options, sparse, plan.backend
         )
