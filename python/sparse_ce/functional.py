@@ -130,7 +130,8 @@ def fused_sparse_ce(
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, classes last, any strides. Never
-            written to.
+            written to. Logits in the (N, C, d1, ...) layout of ``F.cross_entropy`` are an error,
+            unless C equals the last dimension: pass ``logits.movedim(1, -1)``.
         target: (...) int64 or int32 class indices.
         k: how many classes to keep; None or ``k >= V``: all of them, the dense softmax.
         weight: (V,) weight of each class, as in ``F.cross_entropy``; "mean" divides by the weights
