@@ -42,7 +42,7 @@ from .rows import (
     store_tile,
     tile,
 )
-from .softmax import absorb, lane_options, sum_beside_maximum
+from .softmax import absorb, exp_or_zero, lane_options, sum_beside_maximum
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _kept(
     negative, the largest positive.
     """
     shifted = x - row_max
-    e = tl.exp(tl.where(label, 0.0 - x - above_positives, x - above_negatives))
+    e = exp_or_zero(tl.where(label, 0.0 - x - above_positives, x - above_negatives))
     # a NaN is kept
     negative = ((shifted < from_below) | label) == 0
     positive = label & ((shifted > from_above) == 0)
@@ -172,7 +172,7 @@ def _fwd_kernel(
     row_base, total = sum_beside_maximum(largest, total, row_max)
     row_total = tl.sum(total, 0)
     if not ALIGNED:
-        row_total += tl.sum(tl.exp(x_edge - row_base), 0)
+        row_total += tl.sum(exp_or_zero(x_edge - row_base), 0)
 
     from_below, from_above = _bounds(
         row_max, tl.log(row_total), row_low, row_high, row_positives, V, delta
@@ -219,7 +219,7 @@ def _fwd_kernel(
 @triton.jit
 def _gradient(x, label, dloss, negative, positive, cut_negative, cut_positive):
     z = x.to(tl.float32)
-    e = tl.exp(tl.where(label, 0.0 - z - positive, z - negative))
+    e = exp_or_zero(tl.where(label, 0.0 - z - positive, z - negative))
     dropped = (label & (z > cut_positive)) | ((label == 0) & (z < cut_negative))
     # without upstream gradient exactly zero, also where the exponential is NaN
     g = tl.where(dloss == 0, 0.0, tl.where(label, 0.0 - dloss, dloss) * e)

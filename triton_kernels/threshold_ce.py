@@ -43,7 +43,7 @@ from .rows import (
     store_tile,
     tile,
 )
-from .softmax import lane_options, softmax_of
+from .softmax import exp_or_zero, lane_options, softmax_of
 
 # What a look keeps.
 ALL = tl.constexpr(0)
@@ -262,7 +262,7 @@ def _gradient(
     x, at, inside, row_max, log_sum, cut_key, cut_index, factor, share, at_target, target,
     weight_ptr, DENSE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    p = tl.exp((x.to(tl.float32) - row_max) - log_sum)
+    p = exp_or_zero((x.to(tl.float32) - row_max) - log_sum)
     # without upstream gradient exactly zero, also where p is NaN
     g = tl.where(factor == 0, 0.0, p * factor)
     if HAS_SMOOTHING:
