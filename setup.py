@@ -143,7 +143,7 @@ class BuildExtension(BASE_COMMAND):
 
     @staticmethod
     def remove_library(folder):
-        for library in (*folder.glob("_C.*.so"), *folder.glob("_C.*.pyd"), *folder.glob("_C.so")):
+        for library in folder.glob("_C.*"):
             library.unlink()
 
     def without_cuda(self):

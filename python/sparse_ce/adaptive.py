@@ -118,9 +118,9 @@ def adaptive_sparse_ce(
     loss, lse, _, _, _, _, kept = ops.threshold_ce_fwd(
         rows, row_target, weight, num_classes, float(delta), float(label_smoothing), name
     )
-    reduced = functional.reduce(loss, row_target, weight, ignore_index, reduction, name)
-    if reduction == "none":
-        reduced = reduced.view(target.shape)
+    reduced = functional.reduce(
+        loss, row_target, weight, ignore_index, reduction, name, target.shape
+    )
     if not return_support:
         return reduced
     counted = target != ignore_index

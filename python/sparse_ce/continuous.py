@@ -86,8 +86,7 @@ def continuous_output_loss(
     if elsewhere or target_vectors is not None or embedding.stride(-1) != 1:
         table, places = gather(row_target, embedding, target_vectors)
     loss = ops.cosine_fwd(rows, places, table, distance == "cosine", name)[0]
-    reduced = functional.reduce(loss, row_target, None, ignore_index, reduction, name)
-    return reduced.view(target.shape) if reduction == "none" else reduced
+    return functional.reduce(loss, row_target, None, ignore_index, reduction, name, target.shape)
 
 
 def gather(target: Tensor, embedding: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:

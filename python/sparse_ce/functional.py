@@ -52,13 +52,16 @@ def samples_of(normalizer: str, tail_samples: int) -> int | None:
     return tail_samples if torch.is_grad_enabled() else 0
 
 
-def uniform_of(rows: Tensor, dtype: torch.dtype, tail_samples: int) -> Tensor | None:
-    """A number for each row, from torch's generator of its device: nothing waits for it.
+def uniform_of(
+    rows: Tensor, dtype: torch.dtype, samples: int | None, tail_samples: int
+) -> Tensor | None:
+    """A number for each row, from torch's generator of its device: nothing waits for it. `samples`
+    is that of `samples_of`.
 
     Where no gradient is recorded the generator goes on as well. A reentrant checkpoint passes
     through here so at first; its second pass begins at the same state and ends where the first did.
     """
-    if not tail_samples:
+    if samples is None or not tail_samples:
         return None
     uniform = torch.rand(rows.shape[:-1], device=rows.device, dtype=schema.statistics_dtype(dtype))
     return uniform if torch.is_grad_enabled() else None
@@ -203,7 +206,7 @@ def fused_sparse_ce(
         if link is not None:
             op, more = topk_plif_ce_fwd, (link.w, link.bound, k)
         if samples is not None:
-            uniform = uniform_of(rows, logits.dtype, tail_samples)
+            uniform = uniform_of(rows, logits.dtype, samples, tail_samples)
             op, more = tail.tail_ce_fwd, (uniform, k, samples)
         loss, lse, indices, probs = op(*arguments, *more, float(label_smoothing), name)[:4]
         if return_support:
@@ -213,9 +216,7 @@ def fused_sparse_ce(
         loss = ops.plif_ce_fwd(*arguments, *tables, link.bound, float(label_smoothing), name)[0]
     else:
         loss = ops.threshold_ce_fwd(*arguments, k, 1.0, float(label_smoothing), name)[0]
-    reduced = reduce(loss, row_target, weight, ignore_index, reduction, name)
-    if reduction == "none":
-        reduced = reduced.view(target.shape)
+    reduced = reduce(loss, row_target, weight, ignore_index, reduction, name, target.shape)
     return reduced if support is None else (reduced, support)
 
 
@@ -226,9 +227,15 @@ def reduce(
     ignore_index: int,
     reduction: str,
     backend: str,
+    shape: torch.Size,
+    kept: Tensor | None = None,
 ) -> Tensor:
+    """Of the losses of rows; with "none" in `shape`, of which they are those at `kept`, or all."""
     if reduction == "none":
-        return loss.masked_fill(target == ignore_index, 0.0)
+        loss = loss.masked_fill(target == ignore_index, 0.0)
+        if kept is not None:
+            loss = loss.new_zeros(shape.numel()).index_copy(0, kept, loss)
+        return loss.view(shape)
     reduced: Tensor = ops.reduce_fwd(
         loss, target, weight, ignore_index, reduction == "mean", backend
     )[0]

@@ -139,7 +139,7 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
     return forward
 
 
-def idle(*upstream: Tensor | None) -> Tensor:
+def idle_rows(*upstream: Tensor | None) -> Tensor:
     """(N) bool: rows without an upstream gradient. Their gradient is 0, be they NaN themselves."""
     found = [d == 0 if d.dim() == 1 else (d == 0).all(-1) for d in upstream if d is not None]
     return torch.stack(found).all(0)
@@ -157,7 +157,7 @@ def by_products(
     of hidden and weight in the dtype of the products.
     """
     statistics = schema.statistics_dtype(dtype)
-    dhidden, dweight, dbias = empty(hidden, weight, needed, statistics)
+    dhidden, dweight, dbias = empty_gradients(hidden, weight, needed, statistics)
     hidden, wide = hidden.to(dtype), weight.to(dtype)
     for t in (dweight, dbias):
         t.zero_()
@@ -179,7 +179,7 @@ def by_products(
     return dhidden, dweight.to(weight.dtype), dbias
 
 
-def empty(
+def empty_gradients(
     hidden: Tensor, weight: Tensor, needed: list[bool], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, with no element where they are not needed."""
@@ -205,7 +205,7 @@ def by_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By sums of rows, of the pairs g and classes (N, m)."""
     num_classes = weight.shape[0]
-    dhidden, dweight, dbias = empty(hidden, weight, [False] * 3)
+    dhidden, dweight, dbias = empty_gradients(hidden, weight, [False] * 3)
     if needed[0]:
         gather: Any = backends.implementation(backend, "sparse_linear_dhidden")
         dhidden = gather(g, classes, weight, hidden.dtype)
@@ -249,7 +249,8 @@ def _topk_backward(
 
         def of_chunk(part: slice) -> Tensor:
             if of_all:
-                return tail.placed(g[part], classes[part], k, num_classes, dtype, backend)
+                pairs = tail.joined(g[part], classes[part])
+                return tail.placed(*pairs, k, num_classes, dtype, backend)
             a, b, q = (d if d is None else d[part] for d in (dloss, dlse, dprobs))
             dlogits: Tensor = bwd(
                 a, b, q, target[part], indices[part], probs[part], class_weight,
@@ -260,7 +261,7 @@ def _topk_backward(
         def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
             return ((part, of_chunk(part)) for part in parts(hidden.shape[0], chunk_rows))
 
-        return by_products(hidden, weight, idle(dloss, dlse, dprobs), dtype, needed, chunks)
+        return by_products(hidden, weight, idle_rows(dloss, dlse, dprobs), dtype, needed, chunks)
     return by_rows(g, classes, hidden, weight, needed, backend)
 
 
@@ -292,7 +293,7 @@ def _threshold_backward(
             statistics = (t[part] for t in (row_max, log_sum, cut, cut_index, classes_kept))
             yield part, bwd(a, b, z, target[part], *statistics, class_weight, label_smoothing)
 
-    return by_products(hidden, weight, idle(dloss, dlse), dtype, needed, chunks)
+    return by_products(hidden, weight, idle_rows(dloss, dlse), dtype, needed, chunks)
 
 
 # Registration: what runs, its shapes, its derivatives.
@@ -330,12 +331,12 @@ def _(hidden, weight, bias, target, class_weight, k, label_smoothing, dtype, *re
 
 @torch.library.register_fake("sparse_ce::topk_linear_ce_bwd")
 def _(dloss, dlse, dprobs, hidden, weight, *rest):  # type: ignore[no-untyped-def]
-    return empty(hidden, weight, rest[-2])
+    return empty_gradients(hidden, weight, rest[-2])
 
 
 @torch.library.register_fake("sparse_ce::threshold_linear_ce_bwd")
 def _(dloss, dlse, hidden, weight, *rest):  # type: ignore[no-untyped-def]
-    return empty(hidden, weight, rest[-2])
+    return empty_gradients(hidden, weight, rest[-2])
 
 
 def given(gradients: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | None]:
@@ -615,18 +616,13 @@ def fused_linear_sparse_ce(
     support = None
     if listed:
         op: Any = _RowSparse.apply if weight_grad == "row_sparse" else topk_linear_ce_fwd
-        uniform = None
-        if samples is not None:
-            uniform = functional.uniform_of(rows, dtype, tail_samples)
+        uniform = functional.uniform_of(rows, dtype, samples, tail_samples)
         loss, lse, indices, probs = op(*arguments, uniform, samples, sparse, name)
         if return_support:
             support = functional.support_of(target, indices, probs, lse, k, num_classes)
     else:
         loss = threshold_linear_ce_fwd(*arguments, name)[0]
-    if kept is not None and reduction == "none":
-        loss = loss.new_zeros(row_target.shape).index_copy(0, kept, loss)
-        counted = row_target
-    reduced = functional.reduce(loss, counted, class_weight, ignore_index, reduction, name)
-    if reduction == "none":
-        reduced = reduced.view(target.shape)
+    reduced = functional.reduce(
+        loss, counted, class_weight, ignore_index, reduction, name, target.shape, kept
+    )
     return reduced if support is None else (reduced, support)

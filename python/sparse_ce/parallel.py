@@ -87,11 +87,6 @@ class _Plan(NamedTuple):
     def own_k(self) -> int:
         return min(self.k, self.shards.size)
 
-    def uniform(self, rows: Tensor, dtype: torch.dtype, tail_samples: int) -> Tensor | None:
-        if self.samples is None:
-            return None
-        return functional.uniform_of(rows, dtype, tail_samples)
-
 
 def _shards(
     group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, classes: int
@@ -175,33 +170,14 @@ def _listed(
 ) -> tuple[Tensor, ...]:
     topk: Any = backends.implementation(backend, "topk_ce_fwd")
     indices = topk(logits, target, None, k, 0.0)[2]
-    y = target.unsqueeze(-1)
-    beside = (y >= 0) & (y < logits.shape[-1]) & ~(indices == y).any(-1, keepdim=True)
-    own = torch.where(beside, y.int(), indices[..., :1])
-    classes, of_all = [indices, own], None
+    draws, of_all = indices[..., :0], None
     if samples is not None:
         draw: Any = backends.implementation(backend, "tail_fwd")
         row_max, log_sum, mass, draws = draw(logits, target, indices, uniform, samples)
-        drawn = draws >= 0
-        classes.append(torch.where(drawn, draws, own))
-        of_all = row_max, log_sum, torch.where(drawn.any(-1), mass / max(samples, 1), 0)
-    listed = torch.cat(classes, -1)
-    values = logits.gather(-1, listed.long()).to(schema.statistics_dtype(logits.dtype))
-    return values, listed, *(of_all or (values.new_empty(0) for _ in range(3)))
-
-
-def _placed(
-    dvalues: Tensor,
-    classes: Tensor,
-    k: int,
-    num_classes: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    # no target beside the list
-    pairs = torch.nn.functional.pad(dvalues, (0, 1))
-    classes = torch.nn.functional.pad(classes, (0, 1), value=-1)
-    return tail.placed(pairs, classes, k, num_classes, dtype, backend)
+        of_all = row_max, log_sum, torch.where((draws >= 0).any(-1), mass / max(samples, 1), 0)
+    _, classes = tail.list_of(indices, target, draws, logits.shape[-1])
+    values = logits.gather(-1, classes.long()).to(schema.statistics_dtype(logits.dtype))
+    return values, classes, *(of_all or (values.new_empty(0) for _ in range(3)))
 
 
 def _linear_forward(
@@ -241,15 +217,15 @@ def _linear_backward(
 
     def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for part in linear.parts(hidden.shape[0], chunk_rows):
-            g = _placed(dvalues[part], classes[part], k, weight.shape[0], dtype, backend)
-            yield part, g
+            listed = dvalues[part], classes[part]
+            yield part, tail.placed(*listed, k, weight.shape[0], dtype, backend)
 
-    return linear.by_products(hidden, weight, linear.idle(dvalues), dtype, needed, chunks)
+    return linear.by_products(hidden, weight, linear.idle_rows(dvalues), dtype, needed, chunks)
 
 
 for _name, _function in (
     ("listed_fwd", _listed),
-    ("listed_bwd", _placed),
+    ("listed_bwd", tail.placed),
     ("listed_linear_fwd", _linear_forward),
     ("listed_linear_bwd", _linear_backward),
 ):
@@ -290,7 +266,7 @@ def _(hidden, weight, bias, target, uniform, k, samples, dtype, *rest):  # type:
 
 @torch.library.register_fake("sparse_ce::listed_linear_bwd")
 def _(dvalues, classes, hidden, weight, *rest):  # type: ignore[no-untyped-def]
-    return linear.empty(hidden, weight, rest[-2])
+    return linear.empty_gradients(hidden, weight, rest[-2])
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -353,10 +329,8 @@ def _merged(
     lists = [min(k, size) for size in shards.sizes]
     most, own = max(lists), lists[shards.rank]
     y = target.unsqueeze(-1)
-    mine, at_target = (
-        values[:, :own],
-        torch.where(shards.here(y), values[:, own : own + 1], -torch.inf),
-    )
+    mine = values[:, :own]
+    at_target = torch.where(shards.here(y), values[:, own : own + 1], -torch.inf)
     # as integers, beside which the classes travel in the same message
     bits = torch.int64 if values.dtype == torch.float64 else torch.int32
     message = torch.cat(
@@ -472,20 +446,18 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        shards: _Shards,
+        plan: _Plan,
         options: tuple[Any, ...],  # dtype and chunk_rows of linear.py
-        backend: str,
         target: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
         fwd = linear.threshold_linear_ce_fwd if options else ops.threshold_ce_fwd
-        size = shards.size
-        delta = () if options else (1.0,)
+        shards, delta = plan.shards, () if options else (1.0,)
         loss, _, row_max, log_sum, *cut = fwd(
-            *inputs, target - shards.start, None, size, *delta, 0.0, *options, backend
+            *inputs, target - shards.start, None, shards.size, *delta, 0.0, *options, plan.backend
         )
         row_max, log_sum, loss = _joined(row_max, log_sum, loss, target, shards)
-        ctx.options, ctx.backend, ctx.shards = options, backend, shards
+        ctx.plan, ctx.options = plan, options
         ctx.save_for_backward(target, *inputs, row_max, log_sum, *cut)
         return loss
 
@@ -495,15 +467,15 @@ class _Dense(torch.autograd.Function):
         inputs, statistics = rest[:-5], rest[-5:]
         bwd = linear.threshold_linear_ce_bwd if ctx.options else ops.threshold_ce_bwd
         # a target of another shard is no hit here: its share of the softmax comes as that of lse
-        elsewhere = ctx.shards.has(target) & ~ctx.shards.here(target)
-        dlse = torch.where(elsewhere, dloss, 0)
-        needed = list(ctx.needs_input_grad[4:])
+        shards = ctx.plan.shards
+        dlse = torch.where(shards.has(target) & ~shards.here(target), dloss, 0)
+        needed = list(ctx.needs_input_grad[3:])
         found = bwd(
-            dloss, dlse, *inputs, target - ctx.shards.start, *statistics, None, 0.0, *ctx.options,
-            *((needed,) if ctx.options else ()), ctx.backend,
+            dloss, dlse, *inputs, target - shards.start, *statistics, None, 0.0, *ctx.options,
+            *((needed,) if ctx.options else ()), ctx.plan.backend,
         )  # fmt: skip
         found = linear.given(found, needed) if ctx.options else [found]
-        return (*(None,) * 4, *_without_derivative(inputs[:2], found))
+        return (*(None,) * 3, *_without_derivative(inputs[:2], found))
 
 
 class _Shared(torch.autograd.Function):
@@ -608,7 +580,7 @@ def vocab_parallel_sparse_ce(
     rows = functional.as_rows(logits)
     row_target = functional.as_row_target(target, rows)
     if plan.listed:
-        uniform = plan.uniform(rows, rows.dtype, tail_samples)
+        uniform = functional.uniform_of(rows, rows.dtype, plan.samples, tail_samples)
         local = row_target - plan.shards.start
         found = listed_fwd(rows, local, uniform, plan.own_k, plan.samples, plan.backend)
         row_target = row_target.flatten()
@@ -720,7 +692,7 @@ def vocab_parallel_linear_sparse_ce(
             pairs = plan.k if plan.samples is None else plan.k + plan.samples
             classes = plan.shards.num_classes if plan.samples is None else size
             sparse = linear.is_sparse(pairs, classes, hidden.device.type, dtype)
-        uniform = plan.uniform(rows, dtype, tail_samples)
+        uniform = functional.uniform_of(rows, dtype, plan.samples, tail_samples)
         found = listed_linear_fwd(
             *layer, local, uniform, plan.own_k, plan.samples, *options, sparse, plan.backend
         )
@@ -731,7 +703,7 @@ def vocab_parallel_linear_sparse_ce(
 
 def _dense(plan: _Plan, options: tuple[Any, ...], target: Tensor, *inputs: Tensor | None) -> Any:
     apply: Any = _Dense.apply
-    return apply(plan.shards, options, plan.backend, target, *inputs)
+    return apply(plan, options, target, *inputs)
 
 
 def _finished(
@@ -747,11 +719,9 @@ def _finished(
     `found`, or as it is.
     """
     loss, *support = _of_lists(found, counted, plan) if plan.listed else (found,)
-    reduced = functional.reduce(loss, counted, None, ignore_index, reduction, plan.backend)
-    if reduction == "none":
-        if kept is not None:
-            reduced = reduced.new_zeros(target.numel()).index_copy(0, kept, reduced)
-        reduced = reduced.view(target.shape)
+    reduced = functional.reduce(
+        loss, counted, None, ignore_index, reduction, plan.backend, target.shape, kept
+    )
     if not plan.return_support:
         return reduced
     lse, indices, probs = support

@@ -41,6 +41,19 @@ def look(
     return indices, *tail(logits, target, indices, uniform, samples), z
 
 
+def list_of(
+    indices: Tensor, target: Tensor, draws: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Whether the target is a class beside the k largest (N, 1), and the list: the k largest, the
+    target or, where it is not beside them, the first once more, and the draws, in whose place the
+    latter stands too where there are none.
+    """
+    y = target.unsqueeze(-1)
+    beside = (y >= 0) & (y < num_classes) & ~(indices == y).any(-1, keepdim=True)
+    own = torch.where(beside, y.int(), indices[..., :1])
+    return beside, torch.cat([indices, own, torch.where(draws >= 0, draws, own)], -1)
+
+
 def listed(
     looked: tuple[Tensor, ...],
     target: Tensor,
@@ -59,16 +72,14 @@ def listed(
     if label_smoothing:
         spread = nll[..., :-1] if weight is None else nll[..., :-1] * weight[indices.long()]
         loss = (1 - label_smoothing) * loss + label_smoothing * spread.mean(-1)
-    p, y = (-nll).exp(), y.unsqueeze(-1).int()
-    beside = hit & ~(indices == y).any(-1)
-    own = torch.where(beside.unsqueeze(-1), y, indices[..., :1])
-    drawn = draws >= 0
-    share = torch.where(drawn, (mass / max(samples, 1)).unsqueeze(-1), 0)
+    p = (-nll).exp()
+    beside, classes = list_of(indices, target, draws, num_classes)
+    share = torch.where(draws >= 0, (mass / max(samples, 1)).unsqueeze(-1), 0)
     return (
         loss.masked_fill(~hit, torch.nan),
         row_max + log_sum,
-        torch.cat([indices, own, torch.where(drawn, draws, own)], -1),
-        torch.cat([p[..., :-1], torch.where(beside, p[..., -1], 0).unsqueeze(-1), share], -1),
+        classes,
+        torch.cat([p[..., :-1], torch.where(beside, p[..., -1:], 0), share], -1),
     )
 
 
@@ -86,17 +97,23 @@ def _forward(
     return listed(looked, target, weight, samples, label_smoothing, logits.shape[-1])
 
 
+def joined(pairs: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of ops.coefficients without the last, the target's, which joins those of its
+    class.
+    """
+    g, at_target, y = pairs[..., :-1], pairs[..., -1:], classes[..., -1:]
+    classes = classes[..., :-1].contiguous()
+    return torch.where(classes == y, g + at_target, g), classes
+
+
 def placed(
-    pairs: Tensor, classes: Tensor, k: int, num_classes: int, dtype: torch.dtype, backend: str
+    g: Tensor, classes: Tensor, k: int, num_classes: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """(N, V), zero elsewhere, of the pairs of ops.coefficients, of which the last is the target's.
+    """(N, V), zero elsewhere, of a list: numbers and classes.
 
     What writes k numbers of a row writes these: a class that is listed twice has its sum in either
     place.
     """
-    g, at_target, y = pairs[..., :-1], pairs[..., -1:], classes[..., -1:]
-    classes = classes[..., :-1].contiguous()
-    g = torch.where(classes == y, g + at_target, g)
     support, own, drawn = g[..., :k], g[..., k : k + 1], g[..., k + 1 :]
     own_class, draws = classes[..., k : k + 1], classes[..., k + 1 :].contiguous()
     own = torch.where(own_class == classes[..., :1], support[..., :1], own)
@@ -127,7 +144,7 @@ def _backward(
     pairs = ops.coefficients(
         dloss, dlse, dprobs, target, classes, probs, weight, label_smoothing, num_classes, k
     )
-    return placed(*pairs, k, num_classes, dtype, backend)
+    return placed(*joined(*pairs), k, num_classes, dtype, backend)
 
 
 torch.library.impl("sparse_ce::tail_ce_fwd", "CompositeExplicitAutograd")(_forward)
