@@ -22,6 +22,7 @@ from sparse_ce.triton_kernels import (
     plif,
     plif_tables,
     reduce,
+    short_rows,
     softmax,
     sparse_linear,
     tail,
@@ -102,6 +103,7 @@ def module_of(kernel: str) -> Any:
     modules |= dict.fromkeys(COSINE, cosine) | dict.fromkeys((*PLIF, *LISTED), plif)
     modules |= dict.fromkeys(LABELS, labels_ce) | dict.fromkeys(REDUCE, reduce)
     modules |= dict.fromkeys(TABLES, plif_tables) | dict.fromkeys(TAIL, tail)
+    modules |= dict.fromkeys(SHORT, short_rows)
     return modules.get(kernel, topk_ce)
 
 
@@ -188,12 +190,12 @@ class Case:
                 **aligned,
             }
         if self.kernel == "short_bwd":
-            options = topk_ce.short_bwd_options(itemsize, self.num_classes, self.k)
+            options = short_rows.short_bwd_options(itemsize, self.num_classes, self.k)
             return {**options, **upstream, **shared}
         if self.kernel == "merge":
             return {**topk_ce.merge_options(self.num_classes), **shared}
         if self.kernel == "few":
-            return {**topk_ce.few_options(self.num_classes, self.k), **shared}
+            return {**short_rows.few_options(self.num_classes, self.k), **shared}
         selection = topk_ce.fwd_selection(itemsize, self.num_classes, self.k)
         if self.kernel == "exact":
             return {**topk_ce.exact_options(selection.SORT), "SPLIT": False, **shared}

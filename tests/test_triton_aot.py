@@ -235,7 +235,7 @@ def _compare(case: aot.Case, now: dict[str, float]) -> None:
             assert instructions <= then[name] * sass.MARGIN_INSTRUCTIONS, name
 
 
-TOPK = ("fwd", "exact", "few", "merge", "bwd", "short_bwd")
+TOPK = ("fwd", "exact", "merge", "bwd", *aot.SHORT)
 
 
 def test_a_new_problem_compiles_nothing_new() -> None:
@@ -243,7 +243,7 @@ def test_a_new_problem_compiles_nothing_new() -> None:
     options, all that a kernel knows of k besides, are buckets.
     """
     linear = [getattr(aot.sparse_linear, f"_{name}_kernel") for name in aot.LINEAR]
-    topk = [getattr(aot.topk_ce, f"_{name}_kernel") for name in TOPK]
+    topk = [getattr(aot.module_of(name), f"_{name}_kernel") for name in TOPK]
     threshold = [getattr(aot.threshold_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]
     tail = [aot.tail._fwd_kernel]
     labels = [getattr(aot.labels_ce, f"_{name}_kernel") for name in ("fwd", "bwd")]

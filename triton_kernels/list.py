@@ -8,6 +8,8 @@ A list is one row's, (SIZE), with numbers of the row that are (), or those of a 
 import triton
 import triton.language as tl
 
+from .order import key_value, packed_index, packed_key
+
 
 @triton.jit
 def ranks(x):
@@ -69,6 +71,41 @@ def list_loss(
         loss = (1 - label_smoothing) * loss + label_smoothing / k * spread
     tl.store(loss_ptr + row, tl.where(hit, loss, float("nan")))
     tl.store(lse_ptr + row, row_max + log_sum)
+
+
+@triton.jit
+def list_outputs(
+    packed,  # at least k, descending
+    row,  # int64
+    row_ptr,
+    target_ptr,
+    weight_ptr,
+    loss_ptr,
+    lse_ptr,
+    indices_ptr,
+    probs_ptr,
+    V,
+    k,
+    label_smoothing,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """Everything that forward returns, from the sorted classes of a list."""
+    rank = ranks(packed)
+    kept = rank < k
+    index = packed_index(packed)
+    value = key_value(packed_key(packed), row_ptr.dtype.element_ty)
+    row_max, shifted, log_sum = list_sums(value, kept)
+    target = tl.load(target_ptr + row)
+    hit = (target >= 0) & (target < V)
+    z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
+    list_loss(
+        row_max, shifted, log_sum, index, kept, target, hit, z_y, row, weight_ptr, loss_ptr,
+        lse_ptr, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
+    )  # fmt: skip
+    out = row * k + rank
+    tl.store(indices_ptr + out, index, mask=kept)
+    tl.store(probs_ptr + out, tl.exp(shifted - log_sum), mask=kept)
 
 
 @triton.jit

@@ -69,6 +69,18 @@ def store_tile(out_ptr, head, first, g, at, inside, ALIKE: tl.constexpr):
         tl.store(out_ptr + at, g, mask=inside)
 
 
+@triton.jit
+def store_zeros(chunk_ptr, first, last, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Into the chunks from first to last of a row that begins at a multiple of 16 bytes."""
+    offset = tl.arange(0, BLOCK)[:, None] * C + tl.arange(0, C)[None, :]
+    zero = tl.zeros([BLOCK, C], chunk_ptr.dtype.element_ty)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for chunk in tl.range(first, whole, BLOCK):
+        tl.store(chunk_ptr + chunk * C + offset, zero)
+    left = (whole + tl.arange(0, BLOCK) < last)[:, None]
+    tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
+
+
 def row_strides(logits: torch.Tensor) -> tuple[int, int, int]:
     """stride_b, stride_t, rows_t of (N, V) or (B, T, V) logits."""
     if logits.dim() == 2:

@@ -31,7 +31,7 @@ an end and ties have none: a row that does not fit is left to _exact_kernel, whi
 in the order of the index with a list that is sorted and cut to k when it is full. Its bound then
 excludes all further ties, so that a constant row costs one more reading and not V / k sorts.
 
-Where classes are few, all are sorted, several rows to a program.
+Short rows share a program: short_rows.py.
 
 Why values alone in the streaming pass: a maximum of packed (key, chunk), which resolves ties at
 once, takes 20 instructions per 16 bytes, 64-bit keys for float32 included; this takes 5 to 7. Why
@@ -46,17 +46,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .list import list_gradient, list_loss, list_sums, ranks
-from .order import (
-    key_value,
-    lowest,
-    max_nan,
-    pack,
-    packed_index,
-    packed_key,
-    threshold,
-    value_key,
-)
+from .list import list_gradient, list_outputs
+from .order import lowest, max_nan, pack, threshold, value_key
 from .rows import (
     classes_before,
     edges,
@@ -65,8 +56,10 @@ from .rows import (
     on_device,
     row_start,
     row_strides,
+    store_zeros,
     warps,
 )
+from .short_rows import FEW_K, launch_few, launch_short_bwd, short_bwd_options
 
 # Below every packed class of 64 bits.
 LOWEST = tl.constexpr(lowest(tl.int64))
@@ -74,11 +67,6 @@ LOWEST = tl.constexpr(lowest(tl.int64))
 SETTLED = tl.constexpr(0x7FFFFFFF)
 # Flags that a program of _exact_kernel looks at together.
 WATCH = tl.constexpr(32)
-# Of a tile whose order it does not know, the compiler takes the last axis for the lanes; that of
-# Triton 3.6 the first.
-ROWS_LAST = tl.constexpr(not triton.__version__.startswith("3.6."))
-# Up to which k several short rows share a program.
-FEW_K = 32
 # Chunks of a row that a program of _bwd_kernel writes, at least. More where the list would be
 # a good part of what is moved; a shorter row has one warp.
 PART = 512
@@ -202,41 +190,6 @@ def _select(
     return least, length
 
 
-@triton.jit
-def _finish(
-    packed,  # at least k, descending
-    row,  # int64
-    row_ptr,
-    target_ptr,
-    weight_ptr,
-    loss_ptr,
-    lse_ptr,
-    indices_ptr,
-    probs_ptr,
-    V,
-    k,
-    label_smoothing,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-):
-    """Everything that forward returns, from the sorted classes of a list."""
-    rank = ranks(packed)
-    kept = rank < k
-    index = packed_index(packed)
-    value = key_value(packed_key(packed), row_ptr.dtype.element_ty)
-    row_max, shifted, log_sum = list_sums(value, kept)
-    target = tl.load(target_ptr + row)
-    hit = (target >= 0) & (target < V)
-    z_y = tl.load(row_ptr + target, mask=hit, other=0.0).to(tl.float32)
-    list_loss(
-        row_max, shifted, log_sum, index, kept, target, hit, z_y, row, weight_ptr, loss_ptr,
-        lse_ptr, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
-    )  # fmt: skip
-    out = row * k + rank
-    tl.store(indices_ptr + out, index, mask=kept)
-    tl.store(probs_ptr + out, tl.exp(shifted - log_sum), mask=kept)
-
-
 @kernel
 def _fwd_kernel(
     logits_ptr,  # (N, V), a row is at (row // rows_t) * stride_b + (row % rows_t) * stride_t
@@ -287,7 +240,7 @@ def _fwd_kernel(
         if SPLIT:
             tl.store(best_ptr + job * k + rank, packed, mask=rank < k)
         else:
-            _finish(
+            list_outputs(
                 packed, row, logits_ptr + start, target_ptr, weight_ptr, loss_ptr, lse_ptr,
                 indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
             )  # fmt: skip
@@ -375,7 +328,7 @@ def _exact_kernel(
                     if SPLIT:
                         tl.store(best_ptr + job * k + rank, best, mask=rank < k)
                     else:
-                        _finish(
+                        list_outputs(
                             best, row, row_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr,
                             indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT,
                             HAS_SMOOTHING,
@@ -403,68 +356,10 @@ def _merge_kernel(
     place = tl.arange(0, SORT)
     packed = tl.load(best_ptr + row * parts * k + place, mask=place < parts * k, other=LOWEST)
     packed = tl.sort(packed, descending=True)
-    _finish(
+    list_outputs(
         packed, row, row_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
         V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
     )  # fmt: skip
-
-
-@kernel
-def _few_kernel(
-    logits_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, indices_ptr, probs_ptr,
-    stride_b: tl.int64,
-    stride_t: tl.int64,
-    stride_v,  # 1
-    rows_t,
-    N,
-    V,
-    k,
-    label_smoothing,
-    SORT: tl.constexpr,
-    TOP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-):  # fmt: skip
-    """Rows of few classes, several of them: all are sorted.
-
-    The stride of 1 is a number that the compiler does not know, or else it would put the lanes of a
-    warp along the classes of a row. Now they are along the rows first, so that most of a sort is
-    within lanes, where two instructions put two items in order, and a quarter of it by shuffles.
-    """
-    # after the last row comes the last again: it is written twice, alike
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.minimum(tl.arange(0, ROWS), N - 1 - first)
-    start = row_start(rows, rows_t, stride_b, stride_t)
-    place = tl.arange(0, SORT)
-    if ROWS_LAST:
-        index = place[:, None]
-        at = start[None, :] + index * stride_v
-    else:
-        index = place[None, :]
-        at = start[:, None] + index * stride_v
-    x = tl.load(logits_ptr + at, mask=index < V, other=float("-inf"))
-    packed = pack(value_key(x), index, tl.int64 if x.dtype == tl.float32 else tl.int32)
-    if ROWS_LAST:
-        packed = tl.trans(packed)
-    # no class follows those that are not there
-    packed = tl.topk(packed, TOP)
-    _finish(
-        packed, rows[:, None].to(tl.int64), logits_ptr + start[:, None], target_ptr, weight_ptr,
-        loss_ptr, lse_ptr, indices_ptr, probs_ptr, V, k, label_smoothing, HAS_WEIGHT, HAS_SMOOTHING,
-    )  # fmt: skip
-
-
-@triton.jit
-def _store_zeros(chunk_ptr, first, last, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Into the chunks from first to last of a row that begins at a multiple of 16 bytes."""
-    offset = tl.arange(0, BLOCK)[:, None] * C + tl.arange(0, C)[None, :]
-    zero = tl.zeros([BLOCK, C], chunk_ptr.dtype.element_ty)
-    whole = first + (last - first) // BLOCK * BLOCK
-    for chunk in tl.range(first, whole, BLOCK):
-        tl.store(chunk_ptr + chunk * C + offset, zero)
-    left = (whole + tl.arange(0, BLOCK) < last)[:, None]
-    tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
 
 
 @kernel
@@ -511,7 +406,7 @@ def _bwd_kernel(
     chunks = (V - head) // C
     first = tl.minimum(part * part_size, chunks)
     last = tl.minimum(first + part_size, chunks)
-    _store_zeros(chunk_ptr, first, last, C, BLOCK)
+    store_zeros(chunk_ptr, first, last, C, BLOCK)
     # the classes of this part: the first and the last take the ends of the row that fill no chunk
     low = tl.where(part == 0, 0, head + first * C)
     high = tl.where(part == parts - 1, V, head + last * C)
@@ -529,59 +424,6 @@ def _bwd_kernel(
     tl.store(row_ptr + index, g.to(DTYPE), mask=kept & (index >= low) & (index < high))
     here = (target >= low) & (target < high)
     tl.store(row_ptr + target, at_target.to(DTYPE), mask=outside & here)
-
-
-@kernel
-def _short_bwd_kernel(
-    dloss_ptr,  # (N) fp32
-    dlse_ptr,  # (N) fp32
-    dprobs_ptr,  # (N, k) fp32
-    target_ptr,  # (N) int64
-    indices_ptr,  # (N, k) int32
-    probs_ptr,  # (N, k) fp32
-    weight_ptr,  # (V) fp32
-    dlogits_ptr,  # (N, V)
-    N,
-    V,
-    k,
-    label_smoothing,
-    K2: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_DLOSS: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
-    HAS_DPROBS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-):
-    """Several rows, so many that they begin at a multiple of 16 bytes."""
-    DTYPE: tl.constexpr = dlogits_ptr.dtype.element_ty
-    C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    # after the last row comes the last again: it is written twice, alike
-    first = tl.program_id(0) * ROWS
-    row = (first + tl.minimum(tl.arange(0, ROWS), N - 1 - first)[:, None]).to(tl.int64)
-    rank = tl.arange(0, K2)[None, :]
-    kept = rank < k
-    # on their way while the zeros are written
-    target = tl.load(target_ptr + row)
-    index = tl.load(indices_ptr + row * k + rank, mask=kept, other=-1)
-    p = tl.load(probs_ptr + row * k + rank, mask=kept, other=0.0)
-
-    classes = tl.minimum(ROWS, N - first) * V
-    chunks = classes // C
-    chunk_ptr = tl.multiple_of(dlogits_ptr + first.to(tl.int64) * V, 16)
-    _store_zeros(chunk_ptr, 0, chunks, C, BLOCK)
-    at = chunks * C + tl.arange(0, C)
-    tl.store(chunk_ptr + at, tl.zeros([C], DTYPE), mask=at < classes)
-
-    hit = (target >= 0) & (target < V)
-    g, at_target, outside = list_gradient(
-        p, index, kept, target, hit, row, dloss_ptr, dlse_ptr, dprobs_ptr, weight_ptr, k,
-        label_smoothing, HAS_DLOSS, HAS_DLSE, HAS_DPROBS, HAS_WEIGHT, HAS_SMOOTHING,
-    )  # fmt: skip
-    tl.debug_barrier()
-    tl.store(dlogits_ptr + row * V + index, g.to(DTYPE), mask=kept)
-    tl.store(dlogits_ptr + row * V + target, at_target.to(DTYPE), mask=outside)
 
 
 @dataclass(frozen=True)
@@ -618,15 +460,6 @@ def list_dtype(itemsize: int, num_classes: int, size: int, split: bool) -> torch
     return torch.int32 if few else torch.int64
 
 
-def few_options(num_classes: int, k: int) -> dict[str, int]:
-    """The configuration of _few_kernel."""
-    size = max(16, triton.next_power_of_2(num_classes))
-    top = min(size, max(16, triton.next_power_of_2(k)))
-    # of longer lists a tile would leave registers, and take Triton minutes
-    rows, number = (8, 1) if k <= FEW_K else (1, max(1, size // 256))
-    return {"SORT": size, "TOP": top, "ROWS": rows, **warps(number)}
-
-
 def merge_options(candidates: int) -> dict[str, int]:
     """The configuration of _merge_kernel for that many candidates."""
     size = max(16, triton.next_power_of_2(candidates))
@@ -636,13 +469,6 @@ def merge_options(candidates: int) -> dict[str, int]:
 def exact_options(size: int) -> dict[str, int]:
     """The configuration of _exact_kernel for SORT = size."""
     return {"SORT": size, "BLOCK": max(512, size), **warps(8)}
-
-
-def short_bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int] | None:
-    """The configuration of _short_bwd_kernel, where it is for such rows."""
-    if num_classes * itemsize > 2048 or k > FEW_K:
-        return None
-    return {"K2": max(16, triton.next_power_of_2(k)), "ROWS": 8, "BLOCK": 128, **warps(1)}
 
 
 def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
@@ -682,11 +508,7 @@ def topk_ce_fwd(
     options = {"HAS_WEIGHT": weight is not None, "HAS_SMOOTHING": label_smoothing != 0}
     with on_device(logits):
         if fwd_selection(logits.element_size(), num_classes, k) is None:
-            few, rows, strides = few_options(num_classes, k), target.numel(), row_strides(logits)
-            _few_kernel[(triton.cdiv(rows, few["ROWS"]),)](
-                *tensors, *strides[:2], 1, strides[2], rows, num_classes, k, label_smoothing,
-                **few, **options,
-            )  # fmt: skip
+            launch_few(tensors, k, label_smoothing, options)
         else:
             _launch_selection(tensors, k, label_smoothing, options)
     return loss, lse, indices, probs
@@ -744,10 +566,8 @@ def topk_ce_bwd(
         "HAS_SMOOTHING": label_smoothing != 0,
     }
     with on_device(probs):
-        if short := short_bwd_options(itemsize, num_classes, k):
-            _short_bwd_kernel[(triton.cdiv(rows, short["ROWS"]),)](
-                *above, rows, num_classes, k, label_smoothing, **short, **options
-            )
+        if short_bwd_options(itemsize, num_classes, k):
+            launch_short_bwd(above, k, label_smoothing, options)
         else:
             chunks = num_classes * itemsize // 16
             parts = max(1, chunks // max(PART, 4 * k))
