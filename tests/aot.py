@@ -46,9 +46,10 @@ _ARGUMENTS = {
     "draws_ptr": "*i32",
     "quotas_ptr": "*i64",
     "best_ptr": "*i64",
-    "found_ptr": "*i64",  # or "*i32"
+    "found_ptr": "*i16",  # but of fwd
     "list_ptr": "*i64",
     "pieces_ptr": "*i32",
+    "places_ptr": "*i16",
     "pending_ptr": "*i32",
     "stride_b": "i64",
     "stride_t": "i64",
@@ -94,7 +95,7 @@ TABLES = (
 )  # fmt: skip
 COSINE = ("cosine_fwd", "cosine_bwd")  # num_classes is the width of the vectors
 
-SHORT = ("few", "short_bwd")
+SHORT = ("few", "short_fwd", "short_bwd")
 REDUCE = ("reduce_fwd", "reduce_join", "reduce_bwd")  # of float32, whatever the classes
 
 
@@ -194,6 +195,9 @@ class Case:
             return {**options, **upstream, **shared}
         if self.kernel == "merge":
             return {**topk_ce.merge_options(self.num_classes), **shared}
+        if self.kernel == "short_fwd":
+            options = short_rows.short_fwd_options(itemsize, self.num_classes, self.k)
+            return {**options, "ALIGNED": self.aligned, **shared}
         if self.kernel == "few":
             return {**short_rows.few_options(self.num_classes, self.k), **shared}
         selection = topk_ce.fwd_selection(itemsize, self.num_classes, self.k)
@@ -227,7 +231,7 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
             signature[name] = TYPES[case.dtype]
         else:
             signature[name] = _ARGUMENTS.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-    if "found_ptr" in signature:
+    if case.kernel == "fwd":
         sizes = (ITEMSIZE[case.dtype], case.num_classes, options["SORT"], options["SPLIT"])
         packed = topk_ce.list_dtype(*sizes)
         signature["found_ptr"] = {torch.int32: "*i32", torch.int64: "*i64"}[packed]
@@ -252,6 +256,8 @@ BISECTION_STEPS = 12
 def row_instructions(case: Case, report: sass.Report) -> int:
     """Warp-instructions that a row issues, an estimate: what is jumped over counts as well."""
     options = case.options()
+    if case.kernel == "short_fwd":
+        return round(_short_instructions(case, report) / options["ROWS"])
     threads = 32 * options["num_warps"]
     chunks = case.num_classes * ITEMSIZE[case.dtype] // 16
     issued = float(report.straight)
@@ -268,6 +274,27 @@ def row_instructions(case: Case, report: sass.Report) -> int:
     return round(issued * options["num_warps"])
 
 
+def _short_instructions(case: Case, report: sass.Report) -> float:
+    """Those of a program of _short_fwd_kernel. With normal logits and k = 20 the bisection of eight
+    rows takes 6.8 steps, the fullest word has 7.2 bits, the longest of eight lists 27.6 places.
+    """
+    options = case.options()
+    lanes = 32 // options["ROWS"]
+    tile = short_rows.EACH.value * lanes
+    chunks = case.num_classes * ITEMSIZE[case.dtype] // 16
+    whole = chunks // tile
+    places = 1.25 * case.k + 3
+    full, masked = (x.instructions for x in report.loops if x.count("LDG.E.128"))
+    others = [x for x in report.loops if not x.count("LDG.E.128")]
+    bisection = next(x for x in others if not x.count("STG")).instructions
+    bits = next(x for x in others if x.count("STG") and not x.count("LDG")).instructions
+    # where a step has room for a whole list, it is no loop
+    looks = [x.instructions for x in others if x.count("STG") and x.count("LDG")]
+    issued = report.straight + whole * full + (-(-chunks // tile) - whole) * masked
+    issued += 7 * bisection + 7 * bits
+    return issued + -(-places // (options["SLOTS"] * lanes)) * sum(looks)
+
+
 def resources(case: Case, report: sass.Report) -> dict[str, float]:
     access = "STG.E.128" if case.kernel == "bwd" else "LDG.E.128"
     if case.kernel in TAIL:  # the softmax, the look that adds up integers, and that at the draws
@@ -281,6 +308,8 @@ def resources(case: Case, report: sass.Report) -> dict[str, float]:
         return {"registers": report.registers, "per_chunk": round(report.per_chunk("LDG.E.128"), 2)}
     if case.kernel in TABLES:
         return {"registers": report.registers, "instructions": report.operations.total()}
+    if case.kernel == "short_fwd":
+        return {"registers": report.registers, "per_row": row_instructions(case, report)}
     if case.kernel in (*LISTED, *SHORT):  # a row, or several, are one tile
         per_row = report.straight / case.options().get("ROWS", 1)
         return {"registers": report.registers, "per_row": round(per_row)}
@@ -316,7 +345,10 @@ def recorded_cases() -> list[Case]:
     tables = [Case(name, "float32", 1, 1) for name in TABLES]
     tables.append(Case("plif_scale", "float32", 1, 1, full=True))
     backward = [Case("bwd", dtype, LONG_ROW, 20) for dtype in TYPES]
-    short = [Case(name, dtype, 100, 20) for name in SHORT for dtype in ("bfloat16", "float32")]
+    short = [Case("few", "bfloat16", 100, 20), Case("few", "float32", 60, 20)]
+    short += [Case("short_bwd", dtype, 100, 20) for dtype in ("bfloat16", "float32")]
+    for dtype, size in (("bfloat16", 1000), ("bfloat16", 4096), ("float32", 1000)):
+        short += [Case("short_fwd", dtype, size, k) for k in (20, 100)]
     vectors = [Case(name, dtype, 300, 1) for name in COSINE for dtype in ("bfloat16", "float32")]
     listed = [*tuning_cases(), *backward, *short]
     return [*listed, *linear, *dense, *labelled, *linked, *tables, *vectors]

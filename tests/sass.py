@@ -38,7 +38,7 @@ class Report:
     local: int
     operations: Counter[str]
     loops: list[Loop]  # innermost first where they nest, in the order of the code
-    straight: int  # instructions outside of them
+    straight: int  # instructions outside of them, up to the end
     sass: str
 
     def spills(self) -> int:
@@ -111,18 +111,26 @@ def _code(sass: str) -> tuple[Counter[str], list[Loop], int]:
             labels.update(dict.fromkeys(waiting, len(lines)))
             waiting = []
             lines.append((found[2], found[3]))
+    # what stands behind the end and jumps back in is no loop: shuffles of lanes that have parted
+    last = max((i for i, (name, _) in enumerate(lines) if name == "EXIT"), default=len(lines))
     spans, loops, covered = [], [], []
     for end, (operation, operands) in enumerate(lines):
         target = re.search(r"`\((\.L_x_\d+)\)", operands)
         if operation.startswith("BRA") and target and labels.get(target[1], end) < end:
             start = labels[target[1]]
+            if start < last < end:
+                continue
             spans.append((start, end))
             covered.extend(range(start, end + 1))
     for start, end in spans:
         within = [span for span in spans if start <= span[0] and span[1] <= end]
         operations = Counter(name for name, _ in lines[start : end + 1])
         loops.append(Loop(end + 1 - start, operations, within == [(start, end)]))
-    return Counter(name for name, _ in lines), loops, len(lines) - len(set(covered))
+    return (
+        Counter(name for name, _ in lines),
+        loops,
+        last - len({line for line in covered if line < last}),
+    )
 
 
 def _run(name: str, *arguments: object) -> str:

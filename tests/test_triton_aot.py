@@ -28,7 +28,13 @@ OTHERS = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 100, full=True),
     aot.Case("bwd", "bfloat16", aot.LONG_ROW, 1000, full=True),
     aot.Case("bwd", "float32", aot.LONG_ROW, 100, loss=False),
-    aot.Case("few", "float16", 256, 32, full=True),
+    aot.Case("few", "float16", 128, 32, full=True),
+    # of each number of rows to a program
+    aot.Case("short_fwd", "float16", 2047, 32, aligned=False, full=True),
+    aot.Case("short_fwd", "bfloat16", 8192, 128, full=True),
+    aot.Case("short_fwd", "float32", 4095, 128, aligned=False),
+    aot.Case("short_fwd", "float32", 257, 64, aligned=False),
+    aot.Case("short_fwd", "float32", 65, 5, aligned=False),
     aot.Case("few", "bfloat16", 128, 128, full=True),
     aot.Case("few", "float32", 1000, 1000, full=True),
     aot.Case("few", "float32", 2048, 1024, full=True),
@@ -149,7 +155,7 @@ VARIANTS = [
 SELECTED = [
     aot.Case("fwd", "bfloat16", aot.LONG_ROW, 20),
     aot.Case("fwd", "float32", aot.LONG_ROW, 100),
-    aot.Case("fwd", "bfloat16", 4096, 20),
+    aot.Case("short_fwd", "bfloat16", 1000, 20),
     aot.Case("bwd", "bfloat16", aot.LONG_ROW, 20),
     aot.Case("threshold_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
     aot.Case("tail_fwd", "bfloat16", aot.LONG_ROW, aot.LONG_ROW),
@@ -180,6 +186,10 @@ def test_compiled(case: aot.Case, architecture: int) -> None:
         # all logits of the streaming pass come in 16 bytes at a time: no narrower load in its loop
         loop = report.streaming("LDG.E.128")
         assert loop.count("LDG.E.128") == loop.count("LDG") >= 4
+    if case.kernel == "short_fwd":
+        # as above; the bits of a word are taken one by one, with no look at memory
+        assert all(loop.count("LDG") == 8 for loop in report.loops if loop.count("LDG.E.128"))
+        assert any(loop.count("STG") and not loop.count("LDG") for loop in report.loops)
     if case.kernel == "bwd":
         loop = report.streaming("STG.E.128")
         assert loop.count("STG.E.128") == loop.count("STG") >= 4

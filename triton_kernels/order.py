@@ -25,15 +25,17 @@ def infinity_key(dtype):
 def value_key(x):
     """float32, bfloat16 or float16 -> int32 whose ascending order is that of the values."""
     INFINITY: tl.constexpr = infinity_key(x.dtype)
-    if x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
+    SHIFT: tl.constexpr = 32 - x.dtype.primitive_bitwidth
+    # in 32 bits up to the end: of numbers of 16 the compiler keeps two in a register, and takes
+    # them apart at every step
+    if x.dtype == tl.float16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << SHIFT
     else:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-        magnitude = bits & 0x7FFF
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     # sign and magnitude -> two's complement, which makes -0 and +0 one
-    key = tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(magnitude > INFINITY, INFINITY + 1, key)
+    sign = bits >> 31
+    key = ((bits ^ (sign & 0x7FFFFFFF)) - sign) >> SHIFT
+    return tl.where((bits & 0x7FFFFFFF) > (INFINITY << SHIFT), INFINITY + 1, key)
 
 
 @triton.jit
@@ -101,4 +103,21 @@ def threshold(keys, low, high, k, limit):
         count = tl.where(enough, reached, count)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
+    return low
+
+
+@triton.jit
+def thresholds(keys, k, limit):
+    """(ROWS) such bounds, of (SIZE, ROWS) keys: `threshold` for several rows at once."""
+    low, high = tl.min(keys, axis=0), tl.max(keys, axis=0)
+    count = tl.zeros_like(low) + limit + 1
+    is_open = low < high
+    while tl.max(is_open.to(tl.int32), axis=0) > 0:
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((keys >= middle[None, :]).to(tl.int32), axis=0)
+        enough = is_open & (reached >= k)
+        high = tl.where(is_open & (reached < k), middle - 1, high)
+        low = tl.where(enough, middle, low)
+        count = tl.where(enough, reached, count)
+        is_open = (low < high) & (count > limit)
     return low

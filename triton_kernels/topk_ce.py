@@ -59,12 +59,18 @@ from .rows import (
     store_zeros,
     warps,
 )
-from .short_rows import FEW_K, launch_few, launch_short_bwd, short_bwd_options
+from .short_rows import (
+    FEW_K,
+    SETTLED,
+    launch_few,
+    launch_short_bwd,
+    launch_short_fwd,
+    short_bwd_options,
+    short_fwd_options,
+)
 
 # Below every packed class of 64 bits.
 LOWEST = tl.constexpr(lowest(tl.int64))
-# Above every key.
-SETTLED = tl.constexpr(0x7FFFFFFF)
 # Flags that a program of _exact_kernel looks at together.
 WATCH = tl.constexpr(32)
 # Chunks of a row that a program of _bwd_kernel writes, at least. More where the list would be
@@ -446,7 +452,7 @@ def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
     """The configuration of _fwd_kernel, or None for a row so short that it is sorted whole."""
     # room for ties at the bound; the power of two is all that kernels know of k at compile time
     size = max(32, triton.next_power_of_2(k + k // 4 + 16))
-    if num_classes <= max(512 // itemsize if k <= FEW_K else 128, size):
+    if num_classes <= max(256 // itemsize if k <= FEW_K else 128, size):
         return None
     for row in TUNING:
         if row.itemsize == itemsize and num_classes <= row.max_v and k <= row.max_k:
@@ -509,33 +515,45 @@ def topk_ce_fwd(
     with on_device(logits):
         if fwd_selection(logits.element_size(), num_classes, k) is None:
             launch_few(tensors, k, label_smoothing, options)
+        elif short := short_fwd_options(logits.element_size(), num_classes, k):
+            pending = launch_short_fwd(tensors, k, label_smoothing, options, short)
+            _launch_exact(tensors, None, pending, num_classes, k, label_smoothing, options)
         else:
             _launch_selection(tensors, k, label_smoothing, options)
     return loss, lse, indices, probs
+
+
+def _launch_exact(tensors, best, pending, part_size, k, label_smoothing, options):  # type: ignore[no-untyped-def]
+    """All rows whose bound is pending; where rows are split, to the best of each part."""
+    logits, rows, num_classes = tensors[0], tensors[1].numel(), tensors[0].shape[-1]
+    exact = exact_options(max(32, triton.next_power_of_2(k)))
+    # of 2 lists each: more of them would outweigh all else that forward allocates
+    programs = min(pending.numel(), 256)
+    lists = logits.new_empty((programs, 2 * exact["BLOCK"]), dtype=torch.int64)
+    _exact_kernel[(programs,)](
+        *tensors, best, lists, pending, *row_strides(logits), rows, pending.numel() // rows,
+        part_size, num_classes, k, label_smoothing, **exact, SPLIT=best is not None, **options,
+    )  # fmt: skip
 
 
 def _launch_selection(tensors, k, label_smoothing, options):  # type: ignore[no-untyped-def]
     logits, rows, num_classes = tensors[0], tensors[1].numel(), tensors[0].shape[-1]
     parts, part_size = _parts(rows, num_classes, k)
     selection = fwd_selection(logits.element_size(), part_size, k)
-    exact, split = exact_options(selection.SORT), {**options, "SPLIT": parts > 1}
-    # of 2 lists each: more of them would outweigh all else that forward allocates
-    programs = min(rows * parts, 256)
-    best = logits.new_empty((rows, parts, k) if parts > 1 else 0, dtype=torch.int64)
+    best = logits.new_empty((rows, parts, k), dtype=torch.int64) if parts > 1 else None
     packed = list_dtype(logits.element_size(), num_classes, selection.SORT, parts > 1)
     found = logits.new_empty((rows, parts, selection.SORT), dtype=packed)
     pieces = logits.new_empty((rows, parts, selection.SORT + 2), dtype=torch.int32)
     pending = logits.new_empty((rows, parts), dtype=torch.int32)
-    lists = logits.new_empty((programs, 2 * exact["BLOCK"]), dtype=torch.int64)
-    strides, sizes = row_strides(logits), (part_size, num_classes, k, label_smoothing)
-    forward = {**selection.options(), "ALIGNED": is_aligned(logits), **split}
-    _fwd_kernel[(rows, parts)](*tensors, best, found, pieces, pending, *strides, *sizes, **forward)
-    _exact_kernel[(programs,)](
-        *tensors, best, lists, pending, *strides, rows, parts, *sizes, **exact, **split
-    )
+    strides, sizes = row_strides(logits), (num_classes, k, label_smoothing)
+    _fwd_kernel[(rows, parts)](
+        *tensors, best, found, pieces, pending, *strides, part_size, *sizes,
+        **selection.options(), ALIGNED=is_aligned(logits), SPLIT=parts > 1, **options,
+    )  # fmt: skip
+    _launch_exact(tensors, best, pending, part_size, k, label_smoothing, options)
     if parts > 1:
         _merge_kernel[(rows,)](
-            *tensors, best, *strides, parts, *sizes[1:], **merge_options(parts * k), **options
+            *tensors, best, *strides, parts, *sizes, **merge_options(parts * k), **options
         )
 
 
@@ -589,10 +607,11 @@ class Tuning(NamedTuple):
     warps: int
 
 
-# Of the rows for 16 bits an H200 chose those with k <= 32, up to 4096, to 65536 and beyond, and the
-# one with k <= 128 up to 65536. The others follow from counts on compiled code, which
+# Of the rows for 16 bits an H200 chose those with k <= 32 up to 65536 and beyond, and the one with
+# k <= 128 up to 65536. The others follow from counts on compiled code, which
 # tests/test_triton_aot.py repeats and tests/triton_resources.json records: registers, instructions
-# per 16 bytes of the streaming loop, warp-instructions per row. None of them spills.
+# per 16 bytes of the streaming loop, warp-instructions per row. None of them spills. Short rows are
+# not here, up to k = 128: short_rows.py.
 #   nseg    the H200 likes 2 to 4 chunks per thread: at most 16 registers of maxima and twice 16 of
 #           loads. The second look reads 2 k / nseg of the row again, so nseg grows with k.
 #   warps   all but the streaming costs 1000 to 2500 instructions per warp: as few as nseg leaves.
@@ -600,9 +619,7 @@ class Tuning(NamedTuple):
 #   ncut    4 k or more: about k + k / 8 classes then reach the bound.
 _ANY = 1 << 31
 TUNING = (
-    Tuning(2, 4096, 32, 64, 4, 128, 1, 1),
-    Tuning(2, 4096, 128, 256, 2, 512, 1, 2),
-    Tuning(2, 4096, 1024, 512, 1, 4096, 1, 8),
+    Tuning(2, 4096, 1024, 512, 1, 4096, 1, 4),
     Tuning(2, 16384, 32, 512, 4, 256, 1, 2),
     Tuning(2, 16384, 128, 512, 2, 512, 1, 2),
     Tuning(2, 16384, 1024, 2048, 2, 4096, 1, 8),
@@ -612,8 +629,6 @@ TUNING = (
     Tuning(2, _ANY, 32, 1024, 4, 256, 2, 8),
     Tuning(2, _ANY, 128, 2048, 4, 512, 1, 8),
     Tuning(2, _ANY, 1024, 2048, 2, 4096, 1, 8),
-    Tuning(4, 4096, 32, 256, 4, 128, 1, 1),
-    Tuning(4, 4096, 128, 256, 1, 512, 1, 2),
     Tuning(4, 4096, 1024, 1024, 1, 4096, 1, 8),
     Tuning(4, 16384, 32, 512, 4, 256, 1, 2),
     Tuning(4, 16384, 128, 512, 2, 512, 1, 2),

@@ -1,0 +1,75 @@
+"""Triton's kernel of short rows, several of which share a program: what test_kernels.py, whose rows
+are alike, does not see.
+"""
+
+import importlib
+
+import cases
+import pytest
+import torch
+from stems import STEMS, Call
+from test_kernels import check
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
+
+SETTLED = 0x7FFFFFFF
+# of eight, four, two rows and one to a program, with lists of 64, 128 and 256 classes
+SIZES = [(260, 20), (1000, 50), (1001, 32), (1500, 100), (3001, 20), (5001, 128), (8190, 20)]
+MIXED = (
+    *("random", "constant", "ties", "all_nan", "random", "one_negative_nan", "clustered"),
+    *("99_percent_minus_inf", "descending", "all_minus_inf", "random"),
+)
+
+
+@pytest.fixture
+def short_rows(subject):
+    if subject.backend != "triton":
+        pytest.skip("kernels of Triton")
+    return importlib.import_module("sparse_ce.triton_kernels.short_rows")
+
+
+@pytest.mark.parametrize("classes, k", SIZES)
+def test_rows_of_a_program_are_their_own(subject, short_rows, dtype, classes, k):
+    """Rows that overflow their lists, whose bound is NaN, that are clear, side by side."""
+    if short_rows.short_fwd_options(dtype.itemsize, classes, k) is None:
+        pytest.skip("not a short row")
+    rows = [cases.logits(filler, 1, classes, dtype) for filler in MIXED]
+    logits = torch.cat(rows[: 11 if classes < 2000 else 5])
+    stem = next(stem for stem in STEMS if stem.lists)
+    check(subject, stem, Call(logits, cases.targets(logits, k), k))
+
+
+@pytest.mark.parametrize("classes, k", SIZES)
+@pytest.mark.parametrize("filler", ["random", "constant"])
+def test_who_is_left_to_the_exact_kernel(subject, short_rows, dtype, filler, classes, k):
+    """All rows of ties, with the bound that they share, and of normal logits none."""
+    options = short_rows.short_fwd_options(dtype.itemsize, classes, k)
+    if options is None:
+        pytest.skip("not a short row")
+    n = 2 * options["ROWS"] + 1
+    logits = cases.logits(filler, n, classes, dtype).to(subject.device)
+    target = torch.zeros(n, dtype=torch.int64, device=subject.device)
+    outputs = [logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (n, k))]
+    indices = target.new_empty((n, k), dtype=torch.int32)
+    tensors = (logits, target, None, *outputs[:2], indices, outputs[2])
+    flags = {"HAS_WEIGHT": False, "HAS_SMOOTHING": False}
+    pending = short_rows.launch_short_fwd(tensors, k, 0.0, flags, options)
+    if filler == "random":
+        assert (pending == SETTLED).all()
+        # of equal numbers of 16 bits the one of the lower index is first
+        best = logits.double().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(indices.long(), best)
+    else:
+        bits = cases.bits(logits[:, 0]).int()
+        assert torch.equal(pending, bits)  # a positive number's key is its bits
+
+
+def test_what_is_not_short(subject, short_rows):
+    assert short_rows.short_fwd_options(2, 8192, 128)
+    assert short_rows.short_fwd_options(2, 8193, 20) is None
+    assert short_rows.short_fwd_options(4, 4096, 129) is None
+    for itemsize in (2, 4):
+        for classes in range(65, 16384 // itemsize):
+            options = short_rows.short_fwd_options(itemsize, classes, 20)
+            assert options["ROWS"] * classes * itemsize <= short_rows.BYTES
+            assert options["TILES"] * options["SLOTS"] == 8
