@@ -116,6 +116,171 @@ def test_values_and_gradients(subject, dtype, backward, smoothing, weighted, bia
     truth.assert_gradients(backward == "dense", chunks, **found)
 
 
+WAYS = {"list": {"k": K}, "dense": {"k": None}, "full": {"k": K, "normalizer": "full"}}
+
+
+class CappedTruth:
+    """Loss and gradients of c tanh(x / c) in float64, and how far from them a result may be."""
+
+    def __init__(self, hidden, weight, bias, target, way, cap, dloss, smoothing=0.0, cw=None):
+        h, w = (t.detach().cpu().double().reshape(-1, t.shape[-1]) for t in (hidden, weight))
+        x = F.linear(h, w, bias.detach().cpu().double())
+        z, y = cap * torch.tanh(x / cap), target.cpu().flatten()
+        v = x.shape[-1]
+        kept = torch.zeros_like(x, dtype=torch.bool)
+        first = x.sort(dim=-1, descending=True, stable=True).indices
+        kept.scatter_(-1, first[:, : way["k"] or v], True)
+        of_all = way["k"] is None or "normalizer" in way
+        lse = z.masked_fill(~(kept | of_all), -math.inf).logsumexp(-1, keepdim=True)
+        p = (z - lse).exp()
+        at = F.one_hot(y, v).double()
+        cw = torch.ones(v).double() if cw is None else cw.cpu().double()
+        nll, e = lse - z, smoothing
+        spread = e / kept.double().sum(-1, keepdim=True) * cw * kept
+        shares = (1 - e) * at * cw + spread
+        self.loss = (shares * nll).sum(-1)
+        # where there is a gradient: of the support, and of the target, which has a share of the
+        # softmax where that is of all classes
+        a = dloss.detach().cpu().double().flatten().unsqueeze(-1)
+        p = p * (kept | (at.bool() if of_all else False))
+        slope = 1 - (z / cap).square()
+        g = a * (p * shares.sum(-1, keepdim=True) - shares) * slope
+        ones = torch.ones(len(h), 1).double()
+        self.expected = {"dhidden": g @ w, "dweight": g.t() @ h, "dbias": (g.t() @ ones)[:, 0]}
+
+        unit = torch.finfo(statistics(hidden.dtype)).eps
+        terms = v if of_all else way["k"]
+        # tanh and two products; of all classes in the dtype of the logits, rounded three times
+        dz = 4 * unit * cap
+        if of_all and hidden.dtype.itemsize == 2:
+            dz += 3 / 2 * torch.finfo(hidden.dtype).eps * cap
+        # nll of each share; then a sum of that many exponentials, its logarithm, and the loss
+        self.dloss = shares.sum(-1) * (2 * dz + (terms + 8) * unit * (1 + 2 * cap))
+        dp = p * (2 * dz + (terms + 8) * unit)
+        ds = 2 * dz / cap + 4 * unit
+        size = a.abs() * (p * shares.sum(-1, keepdim=True) + shares)
+        dg = a.abs() * dp * shares.sum(-1, keepdim=True) * slope + size * (ds + 8 * unit)
+        self.size = {
+            "dhidden": size @ w.abs(), "dweight": size.t() @ h.abs(),
+            "dbias": (size.t() @ ones)[:, 0],
+        }  # fmt: skip
+        self.error = {
+            "dhidden": dg @ w.abs(), "dweight": dg.t() @ h.abs(), "dbias": (dg.t() @ ones)[:, 0],
+        }  # fmt: skip
+        self.unit, self.terms = unit, {"dhidden": v, "dweight": len(h), "dbias": len(h)}
+
+    def assert_near(self, loss, found, dense, chunks, dtype):
+        assert_within("loss", loss.flatten(), self.loss, self.dloss)
+        for name, gradient in found.items():
+            size = self.size[name]
+            tolerance = self.error[name] + self.unit * (self.terms[name] + 1) / 2 * size
+            if dense:  # dlogits, its product with the slope, and the sum of each chunk are rounded
+                tolerance = tolerance + (2 + chunks) * torch.finfo(dtype).eps * size
+            eps = torch.finfo(gradient.dtype).eps
+            tolerance = tolerance + (self.expected[name].abs() + tolerance) * eps / 2
+            assert_within(
+                name, gradient, self.expected[name].reshape(gradient.shape),
+                tolerance.reshape(gradient.shape) + torch.finfo(gradient.dtype).tiny,
+            )  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backward", ["sparse", "dense"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.1, True)])
+def test_softcap(subject, dtype, way, backward, smoothing, weighted):
+    """A cap near the largest logits, in chunks of four tokens; an ignored one among them."""
+    rows = (2, 3) if subjects.INTERPRETING else (5, 9)
+    classes = 37 if subjects.INTERPRETING else CLASSES
+    hidden, weight, b, target = layer(dtype, rows, True, subject.device, classes)
+    w = torch.rand(classes, dtype=statistics(dtype)).to(subject.device) if weighted else None
+    ignored = target.clone()
+    ignored[0, 0] = -100
+    loss = fused_linear_sparse_ce(
+        hidden, weight, ignored, **WAYS[way], bias=b, class_weight=w, label_smoothing=smoothing,
+        softcap=3.0, reduction="none", backward=backward,
+        chunk_bytes=4 * classes * dtype.itemsize, backend=subject.backend,
+    )  # fmt: skip
+    assert loss[0, 0] == 0
+    dloss = torch.randn(rows, dtype=loss.dtype).to(subject.device)
+    counted = dloss.clone()
+    counted[0, 0] = 0
+    truth = CappedTruth(hidden, weight, b, target, WAYS[way], 3.0, counted, smoothing, w)
+    truth.loss[0] = 0
+    found = gradients(loss, dloss, hidden, weight, b)
+    dense = backward == "dense" or way == "dense"
+    truth.assert_near(loss, found, dense, math.ceil(target.numel() / 4), dtype)
+
+
+def test_softcap_with_draws(subject):
+    """The draws are those of the capped logits, and the gradient goes through the cap."""
+    hidden, weight, b, target = layer(torch.float32, (40,), True, subject.device)
+    found = []
+    for form in ("linear", "logits"):
+        torch.manual_seed(7)
+        options = {"normalizer": "full", "tail_samples": 5, "backend": subject.backend}
+        if form == "linear":
+            loss = fused_linear_sparse_ce(
+                hidden, weight, target, K, bias=b, softcap=2.0, backward="sparse", **options
+            )
+        else:
+            z = F.linear(hidden, weight, b).div(2.0).tanh().mul(2.0)
+            loss = fused_sparse_ce(z, target, K, **options)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight, b))))
+    for one, other in zip(*found, strict=True):
+        # sums in other orders
+        largest = other.detach().abs().max().item()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("backward", ["sparse", "dense"])
+@pytest.mark.parametrize("way", WAYS)
+def test_softcap_of_an_ignored_nan(way, backward, monkeypatch):
+    # as on a GPU, where ignored tokens go through the product
+    monkeypatch.setattr(linear, "rows_that_count", lambda *_: None)
+    hidden, weight, b, target = layer(torch.float32, bias=True)
+    hidden.data[1, 2], target[1, 2] = torch.nan, -100
+    options = {**WAYS[way], "softcap": 3.0, "backward": backward}
+    loss = fused_linear_sparse_ce(hidden, weight, target, bias=b, **options)
+    found = torch.autograd.grad(loss, (hidden, weight, b))
+    assert loss.isfinite() and all(g.isfinite().all() for g in found)
+    assert (found[0][1, 2] == 0).all() and found[1].abs().sum() > 0
+
+
+def test_softcap_elsewhere():
+    """Rows of a sparse gradient, a support, a module, a graph: as the plain function has it."""
+    hidden, weight, _, target = layer(torch.float32)
+
+    def step(hidden, weight, target, **options):
+        return fused_linear_sparse_ce(hidden, weight, target, K, softcap=2.5, **options)
+
+    loss, support = step(hidden, weight, target, return_support=True)
+    z = 2.5 * torch.tanh(F.linear(hidden, weight) / 2.5)
+    kept = z.gather(-1, support.indices.long())
+    torch.testing.assert_close(support.lse, kept.logsumexp(-1))
+    torch.testing.assert_close(support.probs, kept.softmax(-1))
+    expected = torch.autograd.grad(loss + support.lse.square().mean(), (hidden, weight))
+    plain = fused_sparse_ce(z, target, K) + kept.logsumexp(-1).square().mean()
+    for one, other in zip(expected, torch.autograd.grad(plain, (hidden, weight)), strict=True):
+        torch.testing.assert_close(one, other)
+
+    dense = torch.autograd.grad(step(hidden, weight, target), (hidden, weight))
+    rows = torch.autograd.grad(
+        step(hidden, weight, target, weight_grad="row_sparse"), (hidden, weight)
+    )
+    assert torch.equal(rows[0], dense[0]) and torch.equal(rows[1].to_dense(), dense[1])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(hidden, weight, target), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(traced, dense, strict=True))
+
+    head = SparseLinearCrossEntropy(FEATURES, CLASSES, K, softcap=2.5)
+    head.weight = torch.nn.Parameter(weight.detach())
+    assert torch.equal(head(hidden, target), step(hidden, weight, target))
+    assert "softcap=2.5" in repr(head) and torch.equal(head(hidden), F.linear(hidden, weight))
+    head.softcap = None
+    assert torch.equal(head(hidden, target), fused_linear_sparse_ce(hidden, weight, target, K))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("features", [1, 33, 1100])
 @pytest.mark.parametrize("out", ["same", "float32"])
@@ -337,8 +502,9 @@ def test_only_what_is_asked_for_is_computed(subject, which, backward):
         assert not needed or torch.equal(leaf.grad, expected)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_no_tensor_of_all_logits_ever_exists(backend):
+def test_no_tensor_of_all_logits_ever_exists(backend, softcap):
     """The peak is the chunk, the gradient of the weight, and O(N k)."""
     if backends.unavailable(backend) is not None:
         pytest.skip(str(backends.unavailable(backend)))
@@ -349,8 +515,9 @@ def test_no_tensor_of_all_logits_ever_exists(backend):
 
     def step():
         fused_linear_sparse_ce(
-            hidden, weight, target, k, chunk_bytes=chunk, backward="sparse", backend=backend
-        ).backward()
+            hidden, weight, target, k, chunk_bytes=chunk, backward="sparse", softcap=softcap,
+            backend=backend,
+        ).backward()  # fmt: skip
 
     allocations, peak = sizes_of_allocations(step)
     logits, dweight = 4 * rows * classes, 4 * classes * features
@@ -361,14 +528,17 @@ def test_no_tensor_of_all_logits_ever_exists(backend):
     assert peak <= chunk + dweight + 4 * hidden.numel() + 64 * rows * (k + 1) + 5 * scratch
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("k, buffers", [(20, 1), (None, 2)], ids=str)
-def test_dense_steps_hold_the_gradient_of_one_chunk(k, buffers):
+def test_dense_steps_hold_the_gradient_of_one_chunk(k, buffers, softcap):
     """A chunk of logits, where they are made again, one of their gradient, and the gradients."""
     rows, classes, features, chunk = 1024, 3000, 64, 256 * 3000 * 4
     hidden = torch.randn(rows, features, requires_grad=True)
     weight = torch.randn(classes, features, requires_grad=True)
     target = torch.randint(classes, (rows,))
-    loss = fused_linear_sparse_ce(hidden, weight, target, k, chunk_bytes=chunk, backward="dense")
+    loss = fused_linear_sparse_ce(
+        hidden, weight, target, k, chunk_bytes=chunk, backward="dense", softcap=softcap
+    )
     _, peak = sizes_of_allocations(loss.backward)
     assert peak <= buffers * chunk + weight.nbytes + 3 * hidden.nbytes + 64 * rows
 
@@ -408,12 +578,15 @@ def test_ignored_tokens_leave_before_the_product():
     assert loss.isfinite() and (hidden.grad[10:] == 0).all() and hidden.grad[:10].abs().sum() > 0
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("k", [K, None])
-def test_no_tokens_and_all_ignored(subject, k):
+def test_no_tokens_and_all_ignored(subject, k, softcap):
     for rows in (0, 4):
         hidden, weight, _, target = layer(torch.float32, (rows,), device=subject.device)
         target.fill_(-100)
-        loss = fused_linear_sparse_ce(hidden, weight, target, k, backend=subject.backend)
+        loss = fused_linear_sparse_ce(
+            hidden, weight, target, k, softcap=softcap, backend=subject.backend
+        )
         assert loss == 0
         loss.backward()
         assert (hidden.grad == 0).all() and (weight.grad == 0).all()
@@ -578,6 +751,24 @@ def test_compiled_equals_eager_bit_by_bit(subject, k, dynamic):
 
 
 @pytest.mark.parametrize(
+    "softcap, error, message",
+    [
+        (True, TypeError, "softcap: expected a float or None, got"),
+        ("30", TypeError, "softcap: expected a float or None, got"),
+        (0.0, ValueError, "softcap: expected 0 < softcap < inf, got 0.0"),
+        (math.inf, ValueError, "softcap: expected 0 < softcap < inf, got inf"),
+        (math.nan, ValueError, "softcap: expected 0 < softcap < inf, got nan"),
+    ],
+)
+def test_a_softcap_that_is_none(softcap, error, message):
+    hidden, weight, _, target = layer(torch.float32)
+    with pytest.raises(error, match=message):
+        fused_linear_sparse_ce(hidden, weight, target, K, softcap=softcap)
+    with pytest.raises(error, match=message):
+        SparseLinearCrossEntropy(FEATURES, CLASSES, K, softcap=softcap)
+
+
+@pytest.mark.parametrize(
     "k, weight_grad", [(K, "dense"), (None, "dense"), (K, "row_sparse")], ids=str
 )
 def test_a_second_derivative_is_an_error(k, weight_grad):
@@ -589,12 +780,13 @@ def test_a_second_derivative_is_an_error(k, weight_grad):
             gradient.sum().backward(retain_graph=True)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("needed", [[True, True, True], [False, True, False]], ids=str)
-def test_opcheck(subject, needed):
+def test_opcheck(subject, needed, softcap):
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
     hidden, weight, bias, target = layer(torch.float32, (4,), True, subject.device)
     name, dtype = subject.backend, torch.float32
-    arguments = (hidden, weight, bias, target, None, 5, 0.1, dtype, 2)
+    arguments = (hidden, weight, bias, target, None, 5, 0.1, dtype, 2, softcap)
     topk = linear.topk_linear_ce_fwd(*arguments, None, None, True, name)
     drawn = (torch.rand(4).to(subject.device), 3)
     tail = linear.topk_linear_ce_fwd(*arguments, *drawn, True, name)
@@ -602,7 +794,8 @@ def test_opcheck(subject, needed):
     above = torch.rand(4).to(subject.device)
     leaves = (hidden.detach(), weight.detach())
     lists = [[t.detach() for t in outputs[2:]] for outputs in (topk, tail)]
-    g, classes = ops.coefficients(above, None, None, target, *lists[0], None, 0.1, CLASSES, 5)
+    pairs = ops.coefficients(above, None, None, target, *lists[0][:2], None, 0.1, CLASSES, 5)
+    g, classes = pairs
     checked = [
         (linear.topk_linear_ce_fwd, (*arguments, None, None, True, name)),
         (linear.topk_linear_ce_fwd, (*arguments, *drawn, True, name)),
@@ -612,7 +805,7 @@ def test_opcheck(subject, needed):
             needed, name)) for sparse in (True, False) for found in lists),
         (linear.threshold_linear_ce_bwd,
          (above, None, *leaves, bias.detach(), target, *(t.detach() for t in threshold[2:]), None,
-          0.1, dtype, 2, needed, name)),
+          0.1, dtype, 2, softcap, needed, name)),
         (ops.sparse_linear_dhidden, (g, classes, leaves[1], dtype, name)),
         (ops.sparse_linear_dweight, (g, classes, leaves[0], CLASSES, dtype, name)),
     ]  # fmt: skip

@@ -330,6 +330,15 @@ def backward(value: str) -> None:
     _choice("backward", value, ("auto", "sparse", "dense"))
 
 
+def softcap(value: float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"softcap: expected a float or None, got {_kind(value)}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"softcap: expected 0 < softcap < inf, got {value}")
+
+
 def chunk_bytes(value: int | None) -> None:
     if value is None:
         return
@@ -472,6 +481,7 @@ def options(value: dict[str, Any]) -> None:
         "tail_samples": lambda samples: tail_samples(samples, value["normalizer"]),
         "reduction": reduction,
         "return_support": return_support,
+        "softcap": softcap,
         "weight_grad": weight_grad,
         "backward": backward,
         "chunk_bytes": chunk_bytes,

@@ -12,6 +12,10 @@ and weight by reference, and 8 k bytes per token. The matrix product is not repe
 Where k + 1 is no longer small the gathers lose against matrix products (`is_sparse`): backward then
 places the gradient of a chunk of tokens densely and multiplies. The dense softmax and k beyond
 MAX_LIST_K save O(N) and repeat the product of forward.
+
+Logits may be capped, z = c tanh(x / c) of a product x. That is monotone: where the softmax is that
+of a list no more than the list is capped, and its k + 1 slopes, 1 - (z / c)^2, are saved besides;
+the softmax of all classes is that of a buffer that is capped in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,7 +65,12 @@ def rows_of_chunk(rows: int, most: int) -> int:
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chunk_rows: int,
+    softcap: float | None,
+    backend: str,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The logits of one chunk of tokens after the other, in one buffer. Weight is transposed."""
     rows = hidden.shape[0]
@@ -73,6 +82,8 @@ def _logits(
             torch.mm(hidden[part], weight, out=out)
         else:
             torch.addmm(bias, hidden[part], weight, out=out)
+        if softcap is not None:
+            out.div_(softcap).tanh_().mul_(softcap)
         yield part, out
 
 
@@ -84,12 +95,13 @@ def of_chunks(
     chunk_rows: int,
     backend: str,
     of_chunk: Callable[[Tensor, slice], tuple[Tensor, ...]],
+    softcap: float | None = None,
 ) -> tuple[Tensor, ...]:
     """What `of_chunk` finds in the logits of each chunk of tokens, side by side."""
     found = []
     for part, logits in _logits(
         hidden.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype),
-        chunk_rows, backend,
+        chunk_rows, softcap, backend,
     ):  # fmt: skip
         found.append(of_chunk(logits, part))
     if not found:
@@ -101,9 +113,33 @@ def of_chunks(
     return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
 
 
+def _slopes(z: Tensor, softcap: float) -> Tensor:
+    """dz / dx where z = softcap tanh(x / softcap)."""
+    return 1 - (z / softcap).square()
+
+
+def _look_below(
+    logits: Tensor, target: Tensor, k: int, softcap: float | None, backend: str
+) -> tuple[Tensor, ...]:
+    """`tail.look` for the softmax of the k largest alone, and the slopes of the cap, which changes
+    k + 1 numbers of a row: it is monotone.
+    """
+    assert softcap is not None
+    topk: Any = backends.implementation(backend, "topk_ce_fwd")
+    indices = topk(logits, target, None, k, 0.0)[2]
+    y = target.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
+    z = logits.gather(-1, torch.cat([indices.long(), y], -1))
+    z = softcap * torch.tanh(z.to(schema.statistics_dtype(logits.dtype)) / softcap)
+    row_max = z[..., 0]
+    log_sum = (z[..., :-1] - row_max.unsqueeze(-1)).exp().sum(-1).log()
+    draws = indices[..., :0]
+    return indices, row_max, log_sum, torch.zeros_like(row_max), draws, z, _slopes(z, softcap)
+
+
 def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
     """Both regimes: the forward of each chunk, its outputs side by side. In the list regime that is
-    topk_ce, or tail_ce where there are `samples`.
+    topk_ce, or tail_ce where there are `samples`; and the slopes of the cap, where there is one, of
+    the list and, at last, of the target.
     """
 
     def forward(
@@ -116,25 +152,46 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
         label_smoothing: float,
         dtype: torch.dtype,
         chunk_rows: int,
+        softcap: float | None,
         *rest: Any,  # in the list regime uniform, samples and how backward goes; the backend
     ) -> tuple[Tensor, ...]:
-        backend = rest[-1]
+        backend, num_classes = rest[-1], weight.shape[0]
         of_logits: Any = backends.implementation(backend, f"{regime}_ce_fwd")
         uniform, samples = rest[:2] if regime == "topk" else (None, None)
+        plain = softcap is None and samples is None
+        # where the softmax is that of a list, no more than the list is capped
+        cap = None if regime == "topk" and samples is None else softcap
 
         def of_chunk(logits: Tensor, part: slice) -> Any:
-            arguments = (logits, target[part], class_weight)
+            y = target[part]
             if regime == "threshold":
-                return of_logits(*arguments, k, 1.0, label_smoothing)
+                return of_logits(logits, y, class_weight, k, 1.0, label_smoothing)
+            if plain:
+                return of_logits(logits, y, class_weight, k, label_smoothing)
             if samples is None:
-                return of_logits(*arguments, k, label_smoothing)
+                return _look_below(logits, y, k, softcap, backend)
             drawn = None if uniform is None else uniform[part]
-            return tail.look(*arguments[:2], drawn, k, samples, backend)
+            looked = tail.look(logits, y, drawn, k, samples, backend)
+            if softcap is None:
+                return looked
+            _, classes = tail.list_of(looked[0], y, looked[4], num_classes)
+            places = torch.cat([classes.long(), y.clamp(0, num_classes - 1).unsqueeze(-1)], -1)
+            return *looked, _slopes(logits.gather(-1, places).to(looked[1].dtype), softcap)
 
-        found = of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk)
-        if samples is None:
+        found = of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk, cap)
+        if regime == "threshold":
             return found
-        return tail.listed(found, target, class_weight, samples, label_smoothing, weight.shape[0])
+        if softcap is None:
+            none = hidden.new_empty((hidden.shape[0], 0), dtype=schema.statistics_dtype(dtype))
+            found = (*found, none)
+        if plain:
+            return found
+        outputs: tuple[Tensor, ...] = tail.listed(
+            found[:-1], target, class_weight, samples or 0, label_smoothing, num_classes
+        )
+        if samples is None:  # the target has no share in the softmax of the others
+            outputs = (*outputs[:2], *(t[..., :k].contiguous() for t in outputs[2:]))
+        return *outputs, found[-1]
 
     return forward
 
@@ -219,6 +276,12 @@ def by_rows(
     return dhidden, dweight, dbias
 
 
+def _pairs(slopes: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """`ops.coefficients`, of the logits before they are capped."""
+    g, classes = ops.coefficients(*arguments)
+    return ops.upstream_times(g, slopes) if slopes.shape[-1] > 0 else g, classes
+
+
 def _topk_backward(
     dloss: Tensor | None,
     dlse: Tensor | None,
@@ -228,6 +291,7 @@ def _topk_backward(
     target: Tensor,
     indices: Tensor,
     probs: Tensor,
+    slopes: Tensor,
     class_weight: Tensor | None,
     k: int,
     label_smoothing: float,
@@ -238,17 +302,20 @@ def _topk_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_classes = weight.shape[0]
-    of_all = indices.shape[-1] > k  # the softmax, by a list of tail.py
-    if sparse or of_all:
-        g, classes = ops.coefficients(
-            dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
+    # the softmax of all by a list of tail.py, or slopes that topk_ce's backward knows nothing of
+    of_pairs = indices.shape[-1] > k or slopes.shape[-1] > 0
+    if sparse or of_pairs:
+        g, classes = _pairs(
+            slopes, dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
             num_classes, k,
         )  # fmt: skip
     if not sparse:
         bwd: Any = backends.implementation(backend, "topk_ce_bwd")
+        if of_pairs and indices.shape[-1] == k:
+            g, classes = tail.with_target(g, classes)
 
         def of_chunk(part: slice) -> Tensor:
-            if of_all:
+            if of_pairs:
                 pairs = tail.joined(g[part], classes[part])
                 return tail.placed(*pairs, k, num_classes, dtype, backend)
             a, b, q = (d if d is None else d[part] for d in (dloss, dlse, dprobs))
@@ -281,6 +348,7 @@ def _threshold_backward(
     label_smoothing: float,
     dtype: torch.dtype,
     chunk_rows: int,
+    softcap: float | None,
     needed: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,10 +356,16 @@ def _threshold_backward(
 
     def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         shift = None if bias is None else bias.to(dtype)
-        for part, z in _logits(hidden, weight.t(), shift, chunk_rows, backend):
+        for part, z in _logits(hidden, weight.t(), shift, chunk_rows, softcap, backend):
             a, b = (d if d is None else d[part] for d in (dloss, dlse))
             statistics = (t[part] for t in (row_max, log_sum, cut, cut_index, classes_kept))
-            yield part, bwd(a, b, z, target[part], *statistics, class_weight, label_smoothing)
+            dlogits = bwd(a, b, z, target[part], *statistics, class_weight, label_smoothing)
+            if softcap is not None:
+                # slopes in the buffer, which is needed no more; a row of NaN may have no gradient
+                dlogits.mul_(z.div_(softcap).square_().neg_().add_(1).nan_to_num_(0))
+            yield part, dlogits
+            # before the next one is made
+            del dlogits
 
     return by_products(hidden, weight, idle_rows(dloss, dlse), dtype, needed, chunks)
 
@@ -314,12 +388,14 @@ threshold_linear_ce_bwd = torch.ops.sparse_ce.threshold_linear_ce_bwd.default
 
 @torch.library.register_fake("sparse_ce::topk_linear_ce_fwd")
 def _(hidden, weight, bias, target, class_weight, k, label_smoothing, dtype, *rest):  # type: ignore[no-untyped-def]
-    _, _, samples, _, _ = rest
+    _, softcap, _, samples, _, _ = rest
     listed = k if samples is None else k + 1 + samples
     rows, statistics = hidden.shape[0], schema.statistics_dtype(dtype)
     loss, lse = (hidden.new_empty(rows, dtype=statistics) for _ in range(2))
     indices = hidden.new_empty((rows, listed), dtype=torch.int32)
-    return loss, lse, indices, hidden.new_empty((rows, listed), dtype=statistics)
+    probs = hidden.new_empty((rows, listed), dtype=statistics)
+    slopes = hidden.new_empty((rows, 0 if softcap is None else listed + 1), dtype=statistics)
+    return loss, lse, indices, probs, slopes
 
 
 @torch.library.register_fake("sparse_ce::threshold_linear_ce_fwd")
@@ -345,22 +421,23 @@ def given(gradients: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | No
 
 def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, _, target, class_weight, k, label_smoothing, dtype, chunk_rows, *rest = inputs
-    _, _, sparse, ctx.backend = rest
+    _, _, _, sparse, ctx.backend = rest
     ctx.options = (k, label_smoothing, dtype, chunk_rows, sparse)
+    ctx.mark_non_differentiable(output[2], output[4])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, target, *output[2:], class_weight)
 
 
 def _topk_autograd(
-    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
+    ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None, __: None
 ) -> tuple[Tensor | None, ...]:
     if dloss is None and dlse is None and dprobs is None:
-        return (None,) * 13
+        return (None,) * 14
     needed = list(ctx.needs_input_grad[:3])
     gradients = topk_linear_ce_bwd(
         dloss, dlse, dprobs, *ctx.saved_tensors, *ctx.options, needed, ctx.backend
     )
-    return (*given(gradients, needed), *(None,) * 10)
+    return (*given(gradients, needed), *(None,) * 11)
 
 
 def _threshold_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -374,11 +451,11 @@ def _threshold_autograd(
     ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     if dloss is None and dlse is None:
-        return (None,) * 10
+        return (None,) * 11
     needed = list(ctx.needs_input_grad[:3])
     *options, backend = ctx.options
     gradients = threshold_linear_ce_bwd(dloss, dlse, *ctx.saved_tensors, *options, needed, backend)
-    return (*given(gradients, needed), *(None,) * 7)
+    return (*given(gradients, needed), *(None,) * 8)
 
 
 _REFUSAL = (
@@ -403,14 +480,18 @@ class _RowSparse(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
         outputs = topk_linear_ce_fwd(hidden, weight, *options)
         _topk_context(ctx, (hidden, weight, *options), outputs)
-        ctx.mark_non_differentiable(outputs[2])
         return tuple(outputs)
 
     @staticmethod
     def backward(
-        ctx: Any, dloss: Tensor | None, dlse: Tensor | None, _: None, dprobs: Tensor | None
+        ctx: Any,
+        dloss: Tensor | None,
+        dlse: Tensor | None,
+        _: None,
+        dprobs: Tensor | None,
+        __: None,
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, indices, probs, class_weight = ctx.saved_tensors
+        hidden, weight, target, indices, probs, slopes, class_weight = ctx.saved_tensors
         k, label_smoothing, *_ = ctx.options
         needed = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
         gradients = topk_linear_ce_bwd(
@@ -418,9 +499,9 @@ class _RowSparse(torch.autograd.Function):
         )
         found = given(gradients, needed)
         if ctx.needs_input_grad[1]:
-            g, classes = ops.coefficients(
-                dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
-                weight.shape[0], k,
+            g, classes = _pairs(
+                slopes, dloss, dlse, dprobs, target, indices, probs, class_weight,
+                label_smoothing, weight.shape[0], k,
             )  # fmt: skip
             # what has no gradient touches nothing: it goes to a row beyond the last, left out below
             touched, places = torch.unique(
@@ -436,7 +517,7 @@ class _RowSparse(torch.autograd.Function):
                 check_invariants=False,
             )  # fmt: skip
         found = ops.without_derivative(*_REFUSAL, (hidden, weight), found)
-        return (*found, *(None,) * 10)
+        return (*found, *(None,) * 11)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -479,6 +560,7 @@ def fused_linear_sparse_ce(
     label_smoothing: float = ...,
     normalizer: str = ...,
     tail_samples: int = ...,
+    softcap: float | None = ...,
     reduction: str = ...,
     return_support: Literal[False] = ...,
     weight_grad: str = ...,
@@ -499,6 +581,7 @@ def fused_linear_sparse_ce(
     label_smoothing: float = ...,
     normalizer: str = ...,
     tail_samples: int = ...,
+    softcap: float | None = ...,
     reduction: str = ...,
     return_support: Literal[True],
     weight_grad: str = ...,
@@ -518,6 +601,7 @@ def fused_linear_sparse_ce(
     label_smoothing: float = 0.0,
     normalizer: str = "topk",
     tail_samples: int = 0,
+    softcap: float | None = None,
     reduction: str = "mean",
     return_support: bool = False,
     weight_grad: str = "dense",
@@ -547,6 +631,9 @@ def fused_linear_sparse_ce(
         class_weight: (V,) weight of each class: ``weight`` of ``fused_sparse_ce``.
         ignore_index, label_smoothing, normalizer, tail_samples, reduction, return_support, backend:
             as there.
+        softcap: a float c: the loss of ``c tanh(logits / c)``, as some models cap their logits
+            (Gemma's ``final_logit_softcapping``). The classes kept are the largest of the logits
+            themselves, whose order it does not change; the ``Support`` is of what is capped.
         weight_grad: "dense", or "row_sparse": a sparse COO tensor of the rows that the batch
             touched, for ``torch.optim.SparseAdam`` and very large V. Not under torch.compile.
         backward: "sparse" sums rows, "dense" multiplies matrices chunk by chunk, "auto" takes the
@@ -572,6 +659,7 @@ def fused_linear_sparse_ce(
     checks.label_smoothing(label_smoothing)
     checks.normalizer(normalizer)
     checks.tail_samples(tail_samples, normalizer)
+    checks.softcap(softcap)
     checks.reduction(reduction)
     checks.return_support(return_support)
     checks.weight_grad(weight_grad)
@@ -611,13 +699,13 @@ def fused_linear_sparse_ce(
     chunk_rows = rows_of_buffer(rows, num_classes, dtype, chunk_bytes)
     arguments = (
         rows, weight.contiguous(), bias, counted, class_weight, k, float(label_smoothing), dtype,
-        chunk_rows,
+        chunk_rows, None if softcap is None else float(softcap),
     )  # fmt: skip
     support = None
     if listed:
         op: Any = _RowSparse.apply if weight_grad == "row_sparse" else topk_linear_ce_fwd
         uniform = functional.uniform_of(rows, dtype, samples, tail_samples)
-        loss, lse, indices, probs = op(*arguments, uniform, samples, sparse, name)
+        loss, lse, indices, probs, _ = op(*arguments, uniform, samples, sparse, name)
         if return_support:
             support = functional.support_of(target, indices, probs, lse, k, num_classes)
     else:

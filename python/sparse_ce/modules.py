@@ -95,7 +95,7 @@ class SparseCrossEntropyLoss(_Options):
 
 class SparseLinearCrossEntropy(nn.Linear, _Options):
     """An output layer with its loss, ``fused_linear_sparse_ce`` as a module: with a target the
-    loss, without one the logits.
+    loss, without one the logits, to which no ``softcap`` is applied: models do that themselves.
 
     A ``torch.nn.Linear`` in all else: its parameters, its ``state_dict``, its initialisation. A
     model whose output layer is one trains as ``loss = model.lm_head(hidden, target)`` and generates
@@ -124,6 +124,7 @@ class SparseLinearCrossEntropy(nn.Linear, _Options):
         label_smoothing: float = 0.0,
         normalizer: str = "topk",
         tail_samples: int = 0,
+        softcap: float | None = None,
         reduction: str = "mean",
         return_support: bool = False,
         weight_grad: str = "dense",
@@ -142,6 +143,7 @@ class SparseLinearCrossEntropy(nn.Linear, _Options):
             label_smoothing=label_smoothing,
             normalizer=normalizer,
             tail_samples=tail_samples,
+            softcap=softcap,
             reduction=reduction,
             return_support=return_support,
             weight_grad=weight_grad,

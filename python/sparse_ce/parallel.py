@@ -453,6 +453,7 @@ class _Dense(torch.autograd.Function):
     ) -> Tensor:
         fwd = linear.threshold_linear_ce_fwd if options else ops.threshold_ce_fwd
         shards, delta = plan.shards, () if options else (1.0,)
+        options = (*options, None) if options else ()  # no softcap
         loss, _, row_max, log_sum, *cut = fwd(
             *inputs, target - shards.start, None, shards.size, *delta, 0.0, *options, plan.backend
         )

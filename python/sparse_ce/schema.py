@@ -252,7 +252,7 @@ SIGNATURES = {
 # the lists of k are longer, as tail.py says.
 _LINEAR = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, SymInt k, "
-    "float label_smoothing, ScalarType dtype, SymInt chunk_rows"
+    "float label_smoothing, ScalarType dtype, SymInt chunk_rows, float? softcap"
 )
 _LIST = "(Tensor values, Tensor classes, Tensor row_max, Tensor log_sum, Tensor share)"
 COMPOSITIONS = {
@@ -279,12 +279,12 @@ COMPOSITIONS = {
     ),
     "topk_linear_ce_fwd": (
         f"{_LINEAR}, Tensor? uniform, SymInt? samples, bool sparse",
-        "(Tensor loss, Tensor lse, Tensor indices, Tensor probs)",
+        "(Tensor loss, Tensor lse, Tensor indices, Tensor probs, Tensor slopes)",
     ),
     "topk_linear_ce_bwd": (
         "Tensor? dloss, Tensor? dlse, Tensor? dprobs, Tensor hidden, Tensor weight, Tensor target, "
-        "Tensor indices, Tensor probs, Tensor? class_weight, SymInt k, float label_smoothing, "
-        "ScalarType dtype, SymInt chunk_rows, bool sparse, bool[3] needed",
+        "Tensor indices, Tensor probs, Tensor slopes, Tensor? class_weight, SymInt k, "
+        "float label_smoothing, ScalarType dtype, SymInt chunk_rows, bool sparse, bool[3] needed",
         "(Tensor dhidden, Tensor dweight, Tensor dbias)",
     ),
     "listed_fwd": (
@@ -310,7 +310,7 @@ COMPOSITIONS = {
         "Tensor? dloss, Tensor? dlse, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
         "Tensor row_max, Tensor log_sum, Tensor cut, Tensor cut_index, Tensor kept, "
         "Tensor? class_weight, float label_smoothing, ScalarType dtype, SymInt chunk_rows, "
-        "bool[3] needed",
+        "float? softcap, bool[3] needed",
         "(Tensor dhidden, Tensor dweight, Tensor dbias)",
     ),
 }

@@ -106,6 +106,18 @@ def joined(pairs: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(classes == y, g + at_target, g), classes
 
 
+def with_target(g: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of a list of the k largest alone, as those of a list of this file without draws."""
+    support, y = classes[..., :-1], classes[..., -1:]
+    beside = ~(support == y).any(-1, keepdim=True)
+    own = torch.where(beside, y, support[..., :1])
+    nothing = torch.zeros_like(g[..., :1])
+    return (
+        torch.cat([g[..., :-1], nothing, g[..., -1:]], -1),
+        torch.cat([support, own, y], -1),
+    )
+
+
 def placed(
     g: Tensor, classes: Tensor, k: int, num_classes: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
