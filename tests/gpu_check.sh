@@ -74,8 +74,8 @@ findings() {
 # comes what is rarely run: where time ends, the sizes are cut short, which the tests have seen.
 sanitize() {
   stage "compute-sanitizer $1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
-    --error-exitcode 9 --report-api-errors no "${pytest[@]}" -x tests/test_reduce.py tests/test_plif.py tests/test_linear.py \
-    tests/test_labels.py tests/test_tail.py "tests/test_kernels.py::"{test_many_short_rows,test_few_long_rows,test_delta,test_layouts_and_logits_unchanged,test_sizes} \
+    --error-exitcode 9 --report-api-errors no "${pytest[@]}" -x tests/test_short_rows.py tests/test_reduce.py tests/test_plif.py \
+    tests/test_linear.py tests/test_labels.py tests/test_tail.py "tests/test_kernels.py::"{test_many_short_rows,test_few_long_rows,test_delta,test_layouts_and_logits_unchanged,test_sizes} \
     -k "$2" && return
   # a virtual machine may keep the debugging interface from it
   if grep -q "Device not supported" "$output"; then
@@ -131,7 +131,7 @@ prove() {
   [ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
   cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
   cases="$cases or (test_many_short_rows and bfloat16) or test_dslopes or (test_tables and 1025)"
-  cases="$cases or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
+  cases="$cases or test_rows_of_a_program or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
   tools=(memcheck racecheck synccheck)
   [ "$mode" = full ] && tools+=(initcheck)
   command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
