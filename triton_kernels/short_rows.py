@@ -233,20 +233,16 @@ def _short_fwd_kernel(
     width = _list_places(best, limit, places_ptr + scratch, SIZE)
     tl.debug_barrier()
     found_ptr += scratch
-    none = tl.zeros_like(rows)
-    length = none
+    length = tl.zeros_like(rows)
     # some places at a time, of each its class of every tile
-    slot = (tl.arange(0, SLOTS) * LANES)[:, None, None] + tl.arange(0, LANES)[:, None] + none
+    slot = (tl.arange(0, SLOTS) * LANES)[:, None, None] + tl.arange(0, LANES)[:, None] + length
     tile = (tl.arange(0, TILES) * (TILE * C))[None, :, None, None]
     for _ in tl.range(0, tl.minimum(tl.max(width, axis=0), SIZE), SLOTS * LANES):
         place = _load(places_ptr + (scratch + slot * ROWS), slot < width, 0).to(tl.int32)
         left = tl.where(slot < width, chunks * C - place, 0)
         inside = _joined(tile < left[:, None, :, :])
-        x = _load(
-            _joined(logits_ptr + (start + head + place)[:, None, :, :] + tile),
-            inside,
-            float("-inf"),
-        )
+        at_ptr = _joined(logits_ptr + (start + head + place)[:, None, :, :] + tile)
+        x = _load(at_ptr, inside, float("-inf"))
         keep = inside & ((x.to(tl.float32) < limit) == 0)
         index = _joined((head + place)[:, None, :, :] + tile)
         length = _append(found_ptr, length, index, keep, SIZE)
@@ -262,9 +258,8 @@ def _short_fwd_kernel(
     tl.debug_barrier()
     overflows = tl.maximum(width, length) > SIZE
     tl.store(pending_ptr + rows, tl.where(overflows, least, SETTLED))
-    packed = _sorted(
-        logits_ptr + start, found_ptr, tl.where(overflows, 0, length), SIZE, TOP, LANES
-    )
+    length = tl.where(overflows, 0, length)
+    packed = _sorted(logits_ptr + start, found_ptr, length, SIZE, TOP, LANES)
     # what is left to _exact_kernel is written here as well: of classes that exist
     zero = tl.zeros([ROWS, TOP], tl.int32)
     packed = tl.where(overflows[:, None], pack(zero, zero, packed.dtype), packed)
