@@ -6,6 +6,7 @@ import importlib
 
 import cases
 import pytest
+import subjects
 import torch
 from stems import STEMS, Call
 from test_kernels import check
@@ -14,7 +15,10 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory"
 
 SETTLED = 0x7FFFFFFF
 # of eight, four, two rows and one to a program, with lists of 64, 128 and 256 classes
-SIZES = [(260, 20), (1000, 50), (1001, 32), (1500, 100), (3001, 20), (5001, 128), (8190, 20)]
+SIZES = [
+    *((260, 20), (1000, 50), (1001, 32), (1500, 100), (2051, 20), (3001, 20), (4099, 20)),
+    *((5001, 128), (8190, 20)),
+]
 MIXED = (
     *("random", "constant", "ties", "all_nan", "random", "one_negative_nan", "clustered"),
     *("99_percent_minus_inf", "descending", "all_minus_inf", "random"),
@@ -62,6 +66,63 @@ def test_who_is_left_to_the_exact_kernel(subject, short_rows, dtype, filler, cla
     else:
         bits = cases.bits(logits[:, 0]).int()
         assert torch.equal(pending, bits)  # a positive number's key is its bits
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """Where every access of a kernel in the interpreter begins and ends, and all tensors that were
+    made for it: the interpreter has copies of its own.
+    """
+    if not subjects.INTERPRETING:
+        pytest.skip("on a GPU compute-sanitizer looks for this")
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    accesses, allocated = [], []
+
+    def watch(name, place):
+        original = getattr(builder, name)
+
+        def watched(self, ptrs, *rest):
+            addresses = ptrs.data[rest[place].data]
+            if addresses.size:
+                size = ptrs.get_element_ty().primitive_bitwidth // 8
+                accesses.append((int(addresses.min()), int(addresses.max()) + size))
+            return original(self, ptrs, *rest)
+
+        monkeypatch.setattr(builder, name, watched)
+
+    def new_empty(self, *shape, **options):
+        made = original_empty(self, *shape, **options)
+        allocated.append(made)
+        return made
+
+    # where among their arguments the mask stands
+    watch("create_masked_load", 0)
+    watch("create_masked_store", 1)
+    original_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    return accesses, allocated
+
+
+@pytest.mark.parametrize("classes, k", SIZES)
+def test_no_list_is_read_beyond_its_end(subject, short_rows, touched, dtype, classes, k):
+    """Of ties, all of which reach the bound: of one program, behind which there is nothing."""
+    options = short_rows.short_fwd_options(dtype.itemsize, classes, k)
+    if options is None:
+        pytest.skip("not a short row")
+    n = options["ROWS"]
+    logits = torch.full((n, classes), 0.75, dtype=dtype)
+    target = torch.zeros(n, dtype=torch.int64)
+    outputs = [torch.empty(shape) for shape in ((n,), (n,), (n, k))]
+    indices = torch.empty((n, k), dtype=torch.int32)
+    tensors = (logits, target, None, *outputs[:2], indices, outputs[2])
+    flags = {"HAS_WEIGHT": False, "HAS_SMOOTHING": False}
+    short_rows.launch_short_fwd(tensors, k, 0.0, flags, options)
+    accesses, allocated = touched
+    mine = [t for t in (*tensors, *allocated) if t is not None]
+    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in mine]
+    assert len(accesses) > 20
+    for first, last in accesses:
+        assert any(low <= first and last <= high for low, high in ranges)
 
 
 def test_what_is_not_short(subject, short_rows):

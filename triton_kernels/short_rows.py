@@ -237,9 +237,10 @@ def _short_fwd_kernel(
     # some places at a time, of each its class of every tile
     slot = (tl.arange(0, SLOTS) * LANES)[:, None, None] + tl.arange(0, LANES)[:, None] + length
     tile = (tl.arange(0, TILES) * (TILE * C))[None, :, None, None]
-    for _ in tl.range(0, tl.minimum(tl.max(width, axis=0), SIZE), SLOTS * LANES):
-        place = _load(places_ptr + (scratch + slot * ROWS), slot < width, 0).to(tl.int32)
-        left = tl.where(slot < width, chunks * C - place, 0)
+    listed = tl.minimum(width, SIZE)
+    for _ in tl.range(0, tl.max(listed, axis=0), SLOTS * LANES):
+        place = _load(places_ptr + (scratch + slot * ROWS), slot < listed, 0).to(tl.int32)
+        left = tl.where(slot < listed, chunks * C - place, 0)
         inside = _joined(tile < left[:, None, :, :])
         at_ptr = _joined(logits_ptr + (start + head + place)[:, None, :, :] + tile)
         x = _load(at_ptr, inside, float("-inf"))
