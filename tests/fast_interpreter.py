@@ -68,8 +68,46 @@ def _maximum(original):
     return create_maximumf
 
 
+# Of the tensors of the kernel that runs: where each begins and ends.
+_extents: list[tuple[int, int]] = []
+
+
+def _arguments(original):
+    def init_args_hst(self, args, kwargs):
+        args, kwargs = original(self, args, kwargs)
+        _extents.clear()
+        for t in (*args, *kwargs.values()):
+            if hasattr(t, "data_ptr") and t.numel() > 0:
+                last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+                _extents.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+        return args, kwargs
+
+    return init_args_hst
+
+
+def _guarded(original, place):
+    """An access, whose pointers and whose mask stand at these places."""
+
+    def access(self, *arguments):
+        ptrs, mask = (arguments[i] for i in place)
+        addresses = ptrs.data[mask.data]
+        if addresses.size:
+            first = int(addresses.min())
+            end = int(addresses.max()) + ptrs.get_element_ty().primitive_bitwidth // 8
+            if not any(low <= first and end <= high for low, high in _extents):
+                raise IndexError(f"an access of [{first}, {end}) is outside of all tensors")
+        return original(self, *arguments)
+
+    return access
+
+
 def install() -> None:
     builder = interpreter.InterpreterBuilder
+    executor = interpreter.GridExecutor
+    executor._init_args_hst = _arguments(executor._init_args_hst)
+    builder.create_masked_load = _guarded(builder.create_masked_load, (0, 1))
+    builder.create_masked_store = _guarded(builder.create_masked_store, (0, 2))
+    builder.create_atomic_rmw = _guarded(builder.create_atomic_rmw, (1, 3))
     builder.create_maximumf = _maximum(builder.create_maximumf)
     interpreter.ReduceOps.apply_impl = _reduce(interpreter.ReduceOps.apply_impl)
     builder.cast_impl = _convert(builder.cast_impl)
