@@ -200,9 +200,9 @@ class Case:
             return {**options, "ALIGNED": self.aligned, **shared}
         if self.kernel == "few":
             return {**short_rows.few_options(self.num_classes, self.k), **shared}
-        selection = topk_ce.fwd_selection(itemsize, self.num_classes, self.k)
         if self.kernel == "exact":
-            return {**topk_ce.exact_options(selection.SORT), "SPLIT": False, **shared}
+            return {**topk_ce.exact_options(self.k), "SPLIT": False, **shared}
+        selection = topk_ce.fwd_selection(itemsize, self.num_classes, self.k)
         return {**selection.options(), "ALIGNED": self.aligned, "SPLIT": False, **shared}
 
 

@@ -43,6 +43,11 @@ def statistics(dtype):
     return STATISTICS.get(dtype, torch.float32)
 
 
+def of_layer(g, hidden, weight):
+    """What numbers of the logits (N, V) make of hidden (N, D), weight and bias."""
+    return {"dhidden": g @ weight, "dweight": g.t() @ hidden, "dbias": g.sum(0)}
+
+
 class LinearTruth:
     """The gradients of sum(dloss loss) in float64, and how far from them a result may be."""
 
@@ -60,17 +65,10 @@ class LinearTruth:
         q = torch.zeros(h.shape[0], k).double()
         g = truth._gradient(rows, a, torch.zeros_like(a), q)
         dg = truth._gradient_tolerance(rows, a, torch.zeros_like(a), q)
-        ones = torch.ones(h.shape[0], 1).double()
-        self.expected = {"dhidden": g @ w, "dweight": g.t() @ h, "dbias": (g.t() @ ones)[:, 0]}
-        self.error = {
-            "dhidden": dg @ w.abs(), "dweight": dg.t() @ h.abs(), "dbias": (dg.t() @ ones)[:, 0],
-        }  # fmt: skip
+        self.expected, self.error = of_layer(g, h, w), of_layer(dg, h.abs(), w.abs())
         # terms as large as what they are made of: the target's share may cancel against p
         size = g.abs() + 2 * (g < 0) * a.abs().unsqueeze(-1)
-        self.size = {
-            "dhidden": size @ w.abs(), "dweight": size.t() @ h.abs(),
-            "dbias": (size.t() @ ones)[:, 0],
-        }  # fmt: skip
+        self.size = of_layer(size, h.abs(), w.abs())
         self.terms = {"dhidden": k + 1, "dweight": h.shape[0], "dbias": h.shape[0]}
         self.unit = truth.unit
 
@@ -145,8 +143,7 @@ class CappedTruth:
         p = p * (kept | (at.bool() if of_all else False))
         slope = 1 - (z / cap).square()
         g = a * (p * shares.sum(-1, keepdim=True) - shares) * slope
-        ones = torch.ones(len(h), 1).double()
-        self.expected = {"dhidden": g @ w, "dweight": g.t() @ h, "dbias": (g.t() @ ones)[:, 0]}
+        self.expected = of_layer(g, h, w)
 
         unit = torch.finfo(statistics(hidden.dtype)).eps
         terms = v if of_all else way["k"]
@@ -160,13 +157,8 @@ class CappedTruth:
         ds = 2 * dz / cap + 4 * unit
         size = a.abs() * (p * shares.sum(-1, keepdim=True) + shares)
         dg = a.abs() * dp * shares.sum(-1, keepdim=True) * slope + size * (ds + 8 * unit)
-        self.size = {
-            "dhidden": size @ w.abs(), "dweight": size.t() @ h.abs(),
-            "dbias": (size.t() @ ones)[:, 0],
-        }  # fmt: skip
-        self.error = {
-            "dhidden": dg @ w.abs(), "dweight": dg.t() @ h.abs(), "dbias": (dg.t() @ ones)[:, 0],
-        }  # fmt: skip
+        self.size = of_layer(size, h.abs(), w.abs())
+        self.error = of_layer(dg, h.abs(), w.abs())
         self.unit, self.terms = unit, {"dhidden": v, "dweight": len(h), "dbias": len(h)}
 
     def assert_near(self, loss, found, dense, chunks, dtype):
@@ -794,8 +786,8 @@ def test_opcheck(subject, needed, softcap):
     above = torch.rand(4).to(subject.device)
     leaves = (hidden.detach(), weight.detach())
     lists = [[t.detach() for t in outputs[2:]] for outputs in (topk, tail)]
-    pairs = ops.coefficients(above, None, None, target, *lists[0][:2], None, 0.1, CLASSES, 5)
-    g, classes = pairs
+    listed = lists[0][:2]
+    g, classes = ops.coefficients(above, None, None, target, *listed, None, 0.1, CLASSES, 5)
     checked = [
         (linear.topk_linear_ce_fwd, (*arguments, None, None, True, name)),
         (linear.topk_linear_ce_fwd, (*arguments, *drawn, True, name)),

@@ -38,6 +38,15 @@ EACH = tl.constexpr(8)
 
 
 @triton.jit
+def _rows(N, ROWS: tl.constexpr):
+    """The first row of a program, and all of them (ROWS). After the last row comes the last again:
+    it is written twice, alike.
+    """
+    first = tl.program_id(0) * ROWS
+    return first, first + tl.minimum(tl.arange(0, ROWS), N - 1 - first)
+
+
+@triton.jit
 def _turned(x):
     """A tile of three axes, as the compiler wants it in memory accesses."""
     if ROWS_LAST:
@@ -212,10 +221,7 @@ def _short_fwd_kernel(
     C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     LANES: tl.constexpr = 32 // ROWS
     TILE: tl.constexpr = EACH * LANES
-    # after the last row comes the last again: it is written twice, alike
-    first = tl.program_id(0) * ROWS
-    local = tl.arange(0, ROWS)
-    rows = first + tl.minimum(local, N - 1 - first)
+    _, rows = _rows(N, ROWS)
     start = row_start(rows, rows_t, stride_b, stride_t)
     head = tl.zeros_like(rows)
     whole = V // (C * TILE)
@@ -229,7 +235,7 @@ def _short_fwd_kernel(
     least = thresholds(coarse, k, k + k // 8)
     limit = key_value(least, DTYPE)
 
-    scratch = tl.program_id(0).to(tl.int64) * (SIZE * ROWS) + local
+    scratch = tl.program_id(0).to(tl.int64) * (SIZE * ROWS) + tl.arange(0, ROWS)
     width = _list_places(best, limit, places_ptr + scratch, SIZE)
     tl.debug_barrier()
     found_ptr += scratch
@@ -293,9 +299,7 @@ def _few_kernel(
     warp along the classes of a row. Now they are along the rows first, so that most of a sort is
     within lanes, where two instructions put two items in order, and a quarter of it by shuffles.
     """
-    # after the last row comes the last again: it is written twice, alike
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.minimum(tl.arange(0, ROWS), N - 1 - first)
+    _, rows = _rows(N, ROWS)
     start = row_start(rows, rows_t, stride_b, stride_t)
     place = tl.arange(0, SORT)
     if ROWS_LAST:
@@ -342,9 +346,8 @@ def _short_bwd_kernel(
     """Several rows, so many that they begin at a multiple of 16 bytes."""
     DTYPE: tl.constexpr = dlogits_ptr.dtype.element_ty
     C: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    # after the last row comes the last again: it is written twice, alike
-    first = tl.program_id(0) * ROWS
-    row = (first + tl.minimum(tl.arange(0, ROWS), N - 1 - first)[:, None]).to(tl.int64)
+    first, rows = _rows(N, ROWS)
+    row = rows[:, None].to(tl.int64)
     rank = tl.arange(0, K2)[None, :]
     kept = rank < k
     # on their way while the zeros are written
@@ -430,11 +433,10 @@ def launch_short_fwd(tensors, k, label_smoothing, options, short):  # type: igno
     return pending
 
 
-def launch_short_bwd(tensors, k, label_smoothing, options):  # type: ignore[no-untyped-def]
+def launch_short_bwd(tensors, k, label_smoothing, options, short):  # type: ignore[no-untyped-def]
     dlogits = tensors[-1]
     num_classes = dlogits.shape[-1]
     rows = dlogits.numel() // num_classes
-    short = short_bwd_options(dlogits.element_size(), num_classes, k)
     _short_bwd_kernel[(triton.cdiv(rows, short["ROWS"]),)](
         *tensors, rows, num_classes, k, label_smoothing, **short, **options
     )

@@ -448,10 +448,14 @@ class Selection:
         return {**asdict(self), **warps(self.num_warps)}
 
 
+def list_size(k: int) -> int:
+    """Room for ties at the bound; the power of two is all that kernels know of k when compiled."""
+    return max(32, triton.next_power_of_2(k + k // 4 + 16))
+
+
 def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
     """The configuration of _fwd_kernel, or None for a row so short that it is sorted whole."""
-    # room for ties at the bound; the power of two is all that kernels know of k at compile time
-    size = max(32, triton.next_power_of_2(k + k // 4 + 16))
+    size = list_size(k)
     if num_classes <= max(256 // itemsize if k <= FEW_K else 128, size):
         return None
     for row in TUNING:
@@ -472,8 +476,9 @@ def merge_options(candidates: int) -> dict[str, int]:
     return {"SORT": size, **warps(max(1, size // 256))}
 
 
-def exact_options(size: int) -> dict[str, int]:
-    """The configuration of _exact_kernel for SORT = size."""
+def exact_options(k: int) -> dict[str, int]:
+    """The configuration of _exact_kernel."""
+    size = list_size(k)
     return {"SORT": size, "BLOCK": max(512, size), **warps(8)}
 
 
@@ -526,7 +531,7 @@ def topk_ce_fwd(
 def _launch_exact(tensors, best, pending, part_size, k, label_smoothing, options):  # type: ignore[no-untyped-def]
     """All rows whose bound is pending; where rows are split, to the best of each part."""
     logits, rows, num_classes = tensors[0], tensors[1].numel(), tensors[0].shape[-1]
-    exact = exact_options(max(32, triton.next_power_of_2(k)))
+    exact = exact_options(k)
     # of 2 lists each: more of them would outweigh all else that forward allocates
     programs = min(pending.numel(), 256)
     lists = logits.new_empty((programs, 2 * exact["BLOCK"]), dtype=torch.int64)
@@ -584,8 +589,8 @@ def topk_ce_bwd(
         "HAS_SMOOTHING": label_smoothing != 0,
     }
     with on_device(probs):
-        if short_bwd_options(itemsize, num_classes, k):
-            launch_short_bwd(above, k, label_smoothing, options)
+        if short := short_bwd_options(itemsize, num_classes, k):
+            launch_short_bwd(above, k, label_smoothing, options, short)
         else:
             chunks = num_classes * itemsize // 16
             parts = max(1, chunks // max(PART, 4 * k))

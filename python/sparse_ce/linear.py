@@ -119,16 +119,14 @@ def _slopes(z: Tensor, softcap: float) -> Tensor:
 
 
 def _look_below(
-    logits: Tensor, target: Tensor, k: int, softcap: float | None, backend: str
+    logits: Tensor, target: Tensor, k: int, softcap: float, backend: str
 ) -> tuple[Tensor, ...]:
     """`tail.look` for the softmax of the k largest alone, and the slopes of the cap, which changes
     k + 1 numbers of a row: it is monotone.
     """
-    assert softcap is not None
     topk: Any = backends.implementation(backend, "topk_ce_fwd")
     indices = topk(logits, target, None, k, 0.0)[2]
-    y = target.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
-    z = logits.gather(-1, torch.cat([indices.long(), y], -1))
+    z = tail.beside_target(logits, indices, target)
     z = softcap * torch.tanh(z.to(schema.statistics_dtype(logits.dtype)) / softcap)
     row_max = z[..., 0]
     log_sum = (z[..., :-1] - row_max.unsqueeze(-1)).exp().sum(-1).log()
@@ -158,7 +156,6 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
         backend, num_classes = rest[-1], weight.shape[0]
         of_logits: Any = backends.implementation(backend, f"{regime}_ce_fwd")
         uniform, samples = rest[:2] if regime == "topk" else (None, None)
-        plain = softcap is None and samples is None
         # where the softmax is that of a list, no more than the list is capped
         cap = None if regime == "topk" and samples is None else softcap
 
@@ -166,17 +163,17 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
             y = target[part]
             if regime == "threshold":
                 return of_logits(logits, y, class_weight, k, 1.0, label_smoothing)
-            if plain:
-                return of_logits(logits, y, class_weight, k, label_smoothing)
             if samples is None:
+                if softcap is None:
+                    return of_logits(logits, y, class_weight, k, label_smoothing)
                 return _look_below(logits, y, k, softcap, backend)
             drawn = None if uniform is None else uniform[part]
             looked = tail.look(logits, y, drawn, k, samples, backend)
             if softcap is None:
                 return looked
             _, classes = tail.list_of(looked[0], y, looked[4], num_classes)
-            places = torch.cat([classes.long(), y.clamp(0, num_classes - 1).unsqueeze(-1)], -1)
-            return *looked, _slopes(logits.gather(-1, places).to(looked[1].dtype), softcap)
+            z = tail.beside_target(logits, classes, y)
+            return *looked, _slopes(z.to(looked[1].dtype), softcap)
 
         found = of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk, cap)
         if regime == "threshold":
@@ -184,7 +181,7 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
         if softcap is None:
             none = hidden.new_empty((hidden.shape[0], 0), dtype=schema.statistics_dtype(dtype))
             found = (*found, none)
-        if plain:
+        if samples is None and softcap is None:
             return found
         outputs: tuple[Tensor, ...] = tail.listed(
             found[:-1], target, class_weight, samples or 0, label_smoothing, num_classes

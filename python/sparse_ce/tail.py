@@ -22,6 +22,12 @@ from torch import Tensor
 from . import backends, ops, schema
 
 
+def beside_target(logits: Tensor, classes: Tensor, target: Tensor) -> Tensor:
+    """(N, m + 1) logits of these m classes, and of the target."""
+    y = target.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
+    return logits.gather(-1, torch.cat([classes.long(), y], -1))
+
+
 def look(
     logits: Tensor,
     target: Tensor,
@@ -36,8 +42,7 @@ def look(
     topk: Any = backends.implementation(backend, "topk_ce_fwd")
     tail: Any = backends.implementation(backend, "tail_fwd")
     indices = topk(logits, target, None, k, 0.0)[2]
-    y = target.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
-    z = logits.gather(-1, torch.cat([indices.long(), y], -1))
+    z = beside_target(logits, indices, target)
     return indices, *tail(logits, target, indices, uniform, samples), z
 
 
