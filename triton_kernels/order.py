@@ -106,14 +106,27 @@ def threshold(keys, low, high, k, limit):
     return low
 
 
+@triton.constexpr_function
+def octave(dtype):
+    """From a number's key to that of twice the number."""
+    return infinity_key(dtype) & -infinity_key(dtype)
+
+
 @triton.jit
-def thresholds(keys, k, limit):
-    """(ROWS) such bounds, of (SIZE, ROWS) keys: `threshold` for several rows at once."""
+def thresholds(keys, k, limit, OCTAVE: tl.constexpr):
+    """(ROWS) such bounds, of (SIZE, ROWS) keys: `threshold` for several rows at once.
+
+    Half of the way down is too far where it is many octaves, as from a large number to one next to
+    zero.
+    """
     low, high = tl.min(keys, axis=0), tl.max(keys, axis=0)
     count = tl.zeros_like(low) + limit + 1
     is_open = low < high
+    distance = tl.full([], OCTAVE, tl.int32)
     while tl.max(is_open.to(tl.int32), axis=0) > 0:
         middle = (low | high) - ((low ^ high) >> 1)
+        middle = tl.where(high > 0, tl.maximum(middle, high - distance), middle)
+        distance = 2 * tl.minimum(distance, 0x20000000)
         reached = tl.sum((keys >= middle[None, :]).to(tl.int32), axis=0)
         enough = is_open & (reached >= k)
         high = tl.where(is_open & (reached < k), middle - 1, high)

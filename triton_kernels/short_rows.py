@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .list import list_gradient, list_outputs
-from .order import key_value, lowest, max_nan, pack, thresholds, value_key
+from .order import key_value, lowest, max_nan, octave, pack, thresholds, value_key
 from .rows import classes_before, is_aligned, kernel, row_start, row_strides, store_zeros, warps
 
 # Above every key.
@@ -232,7 +232,7 @@ def _short_fwd_kernel(
     best = _maxima(logits_ptr, start + head, chunks, whole, tl.cdiv(V // C, TILE), LANES)
     coarse = tl.reshape(best, [EACH * C // COARSE, COARSE * LANES, ROWS])
     coarse = value_key(tl.reduce(coarse.to(tl.float32), 0, max_nan).to(DTYPE))
-    least = thresholds(coarse, k, k + k // 8)
+    least = thresholds(coarse, k, k + k // 8, octave(DTYPE))
     limit = key_value(least, DTYPE)
 
     scratch = tl.program_id(0).to(tl.int64) * (SIZE * ROWS) + tl.arange(0, ROWS)

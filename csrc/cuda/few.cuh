@@ -7,7 +7,7 @@
 
 namespace sparse_ce::cuda {
 
-template <class T> constexpr int kMaxFew = sizeof(T) == 2 ? 256 : 128;
+constexpr int kMaxFew = 64;
 // Lanes of a row: with fewer float64 leaves the registers.
 template <class T> constexpr int kFewLanes = sizeof(T) == 8 ? 8 : 4;
 
@@ -18,18 +18,30 @@ template <class T, int N> struct alignas(N * sizeof(T)) Vector {
   T elements[N];
 };
 
+// Everything that forward returns. The classes go to memory of the group, and to the lanes in whose turns they are.
+template <class T, class Item, int LANES, int TOP>
+__device__ __forceinline__ void finish_sorted(Group<LANES>& group, const Forward& a, int64_t n,
+                                              const Target<T>& target,
+                                              Sorted<Item, LANES, TOP> best, Shared<Item> all) {
+  const Item first = of_lane(best.items[0], group.first_lane());
+  const Shared<Item> memory = all + group.number * best.kApart;
+  best.deal(group, memory);
+  const auto item = [&](int rank, int turn) {
+    if (best.kEach == 1) return best.items[0];
+    return turn < 0 ? Item(memory[rank]) : best.items[turn];
+  };
+  finish<T, TOP / LANES>(group, a, n, target, item, first);
+}
+
 template <class T, int LANES, int VECTOR>
 __global__ void __launch_bounds__(Group<LANES>::kBlock, sizeof(T) == 2 ? 5 : 4)
     forward_few_kernel(const Forward a) {
   using G = Group<LANES>;
   using Item = ShortItem<T>;
-  // of a tile, which is four lists of 32
-  constexpr int kTile = 128, kVectors = kTile / (LANES * VECTOR);
-  // from list to list, so that the same ranks of a warp's rows lie in different banks
-  constexpr int kApart = 36;
+  using Best = Sorted<Item, LANES>;
+  constexpr int kVectors = kMaxFew / (LANES * VECTOR);
   GROUP_MEMORY(LANES, group);
-  SHARED_ARRAY(Item, lists, G::kPerBlock * kApart);
-  const Shared<Item> list = lists + group.number * kApart;
+  SHARED_ARRAY(Item, sorted, G::kPerBlock * Best::kApart);
   const int64_t n = group.row(a.logits.count);
   const int lane = group.rank, classes = static_cast<int>(a.logits.classes);
   const T* row = row_of<T>(a.logits, n);
@@ -37,39 +49,27 @@ __global__ void __launch_bounds__(Group<LANES>::kBlock, sizeof(T) == 2 ? 5 : 4)
   target.load_index(a, n);
 
   // a class that does not exist comes after all that do
-  const T lowest = element_of(lowest_chunk<T>(), 0);
-  Sorted<Item, LANES> best;
-#pragma unroll 1
-  for (int begin = 0; begin < classes; begin += kTile) {
-    Vector<T, VECTOR> x[kVectors];
+  Vector<T, VECTOR> x[kVectors];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int i = begin + (v * LANES + lane) * VECTOR;
-      for (T& element : x[v].elements) element = lowest;
-      if (i < classes) x[v] = *reinterpret_cast<const Vector<T, VECTOR>*>(row + i);
-    }
-    if (begin == 0) target.load_logit(a, row);
-#pragma unroll
-    for (int first = 0; first < kTile; first += 32) {
-      if (first > 0 && begin + first >= classes) break;
-      Sorted<Item, LANES> more;
-#pragma unroll
-      for (int e = 0; e < best.kEach; ++e) {
-        const int v = (first / LANES + e) / VECTOR;
-        more.items[e] = item_of<Item>(x[v].elements[e % VECTOR],
-                                      begin + (v * LANES + lane) * VECTOR + e % VECTOR);
-      }
-      more.sort(lane);
-      if (begin + first == 0)
-        best = more;
-      else
-        best.merge(more, lane);
-    }
+  for (int v = 0; v < kVectors; ++v) {
+    const int i = (v * LANES + lane) * VECTOR;
+    for (T& element : x[v].elements) element = element_of(lowest_chunk<T>(), 0);
+    if (i < classes) x[v] = *reinterpret_cast<const Vector<T, VECTOR>*>(row + i);
   }
+  target.load_logit(a, row);
+  const auto sorted_from = [&](int first) {
+    Best best;
 #pragma unroll
-  for (int e = 0; e < best.kEach; ++e) list[lane * best.kEach + e] = best.items[e];
-  group.sync();
-  finish<T, Item>(group, list, a, n, target);
+    for (int e = 0; e < Best::kEach; ++e) {
+      const int v = first + e / VECTOR, place = e % VECTOR;
+      best.items[e] = item_of<Item>(x[v].elements[place], (v * LANES + lane) * VECTOR + place);
+    }
+    best.sort(lane);
+    return best;
+  };
+  Best best = sorted_from(0);
+  if (classes > 32) best.merge(sorted_from(kVectors / 2), lane);
+  finish_sorted<T>(group, a, n, target, best, sorted);
 }
 
 template <class T> cudaError_t forward_few(const Forward& a, cudaStream_t stream) {

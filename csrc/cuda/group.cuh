@@ -46,16 +46,17 @@ __device__ __forceinline__ V reduce_lanes(V x, Combine combine) {
   return x;
 }
 
-// Of the lanes before this one; and of all.
-template <class V> __device__ __forceinline__ V sum_of_lanes_before(V x, int lane, V& all) {
+// Of the lanes before this one, of so many that share a row; and of all.
+template <int LANES = 32, class V>
+__device__ __forceinline__ V sum_of_lanes_before(V x, int lane, V& all) {
   V sum = x;
 #pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
+  for (int distance = 1; distance < LANES; distance *= 2) {
     const V other =
         by_words(sum, [&](auto word) { return __shfl_up_sync(kAllLanes, word, distance); });
     if (lane >= distance) sum += other;
   }
-  all = of_lane(sum, 31);
+  all = of_lane(sum, LANES == 32 ? 31 : (static_cast<int>(threadIdx.x) % 32) | (LANES - 1));
   return sum - x;
 }
 
@@ -123,6 +124,18 @@ template <int THREADS> class Group {
       return across_warps(__reduce_max_sync(kAllLanes, x), combine);
     else
       return reduce(x, combine);
+  }
+
+  // Of the group in its warp.
+  __device__ __forceinline__ int first_lane() const {
+    static_assert(kInWarp);
+    return kLanes == 32 ? 0 : static_cast<int>(threadIdx.x) % 32 - rank;
+  }
+
+  // Whether any group of the warp says yes, where all threads of a group say the same.
+  __device__ __forceinline__ bool any_of_warp(bool yes) const {
+    static_assert(kInWarp);
+    return kLanes == 32 ? yes : __any_sync(kAllLanes, yes);
   }
 
   // How many threads say yes.

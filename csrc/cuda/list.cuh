@@ -8,15 +8,20 @@
 
 namespace sparse_ce::cuda {
 
-// f(rank) of the ranks of a list that are a thread's own: at most one, where ONE_TURN says so.
-template <bool ONE_TURN, int THREADS, class F>
+// f(rank, turn) of the ranks of a list that are a thread's own. Of at most TURNS turns, where that is known, what a thread has
+// is in registers; a loop has turn -1.
+template <int TURNS, int THREADS, class F>
 __device__ __forceinline__ void for_each_rank(const Group<THREADS>& group, int k, F f) {
-  if constexpr (ONE_TURN) {
-    if (group.rank < k) f(group.rank);
+  if constexpr (TURNS > 0) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+      const int rank = turn * THREADS + group.rank;
+      if (rank < k) f(rank, turn);
+    }
   } else {
     // unrolled, the decisions of the loop cost more than a list that takes one turn
 #pragma unroll 1
-    for (int rank = group.rank; rank < k; rank += THREADS) f(rank);
+    for (int rank = group.rank; rank < k; rank += THREADS) f(rank, -1);
   }
 }
 
@@ -25,25 +30,43 @@ __device__ __forceinline__ bool is_smooth(double label_smoothing) {
   return bit_cast<int64_t>(label_smoothing) != 0;
 }
 
-// Loss, log-sum-exp and probabilities from the logits of the list, value(rank) in their order, the largest of them, and the
-// target's. Its indices are there, those of a thread's own ranks at least.
-template <class S, bool ONE_TURN, int THREADS, class Value>
-__device__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n, Value value,
-                             S row_max, int64_t target, S at_target) {
+// Loss, log-sum-exp and probabilities from the logits of the list, value(rank, turn) in their order, the largest of them, and
+// the target's. Its indices are there, those of a thread's own ranks at least.
+template <class S, int TURNS, int THREADS, class Value>
+__device__ __forceinline__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n,
+                                             Value value, S row_max, int64_t target, S at_target) {
   const int k = static_cast<int>(a.k);
   const auto weight = static_cast<const S*>(a.weight);
   S total = 0;
-  for_each_rank<ONE_TURN>(group, k, [&](int rank) { total += std::exp(value(rank) - row_max); });
-  const S log_sum = std::log(group.sum(total));
+  [[maybe_unused]] S numerators[TURNS > 0 ? TURNS : 1] = {};
+  if constexpr (TURNS > 0) {
+    // without a branch: what is beyond the list has a value as well
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+      const int rank = turn * THREADS + group.rank;
+      numerators[turn] = std::exp(value(rank, turn) - row_max);
+      total += rank < k ? numerators[turn] : S{0};
+    }
+  } else {
+    for_each_rank<0>(group, k,
+                     [&](int rank, int turn) { total += std::exp(value(rank, turn) - row_max); });
+  }
+  total = group.sum(total);
+  const S log_sum = std::log(total), inverse = 1 / total;
 
+  for_each_rank<TURNS>(group, k, [&](int rank, int turn) {
+    const S numerator = TURNS > 0 ? numerators[turn] : std::exp(value(rank, turn) - row_max);
+    static_cast<S*>(a.probs)[n * a.k + rank] = numerator * inverse;
+  });
   const bool smooth = is_smooth(a.label_smoothing);
   S spread = 0;
-  for_each_rank<ONE_TURN>(group, k, [&](int rank) {
-    const S shifted = value(rank) - row_max;
-    static_cast<S*>(a.probs)[n * a.k + rank] = std::exp(shifted - log_sum);
-    if (smooth) spread += (weight ? weight[a.indices[n * a.k + rank]] : S{1}) * (log_sum - shifted);
-  });
-  if (smooth) spread = group.sum(spread);
+  if (smooth) {
+    for_each_rank<0>(group, k, [&](int rank, int turn) {
+      const S shifted = value(rank, turn) - row_max;
+      spread += (weight ? weight[a.indices[n * a.k + rank]] : S{1}) * (log_sum - shifted);
+    });
+    spread = group.sum(spread);
+  }
   if (group.rank == 0) {
     S loss = kNan<S>;
     if (is_class(target, a.logits.classes)) {
@@ -71,15 +94,24 @@ template <class T> struct Target {
   }
 };
 
-// Everything that forward returns, from the k first classes of the row in their order.
+// Everything that forward returns, from the k first classes of the row: item(rank, turn) in their order, and the first of them.
+template <class T, int TURNS, int THREADS, class Item, class First>
+__device__ __forceinline__ void finish(Group<THREADS>& group, const Forward& a, int64_t n,
+                                       const Target<T>& target, Item item, First first) {
+  for_each_rank<TURNS>(group, static_cast<int>(a.k), [&](int rank, int turn) {
+    a.indices[n * a.k + rank] = item(rank, turn).index();
+  });
+  const auto value = [&](int rank, int turn) { return Order<T>::value(item(rank, turn).key()); };
+  list_softmax<StatisticOf<T>, TURNS>(group, a, n, value, Order<T>::value(first.key()),
+                                      target.index, number_of(target.logit));
+}
+
+// The same of a list in memory, of any length.
 template <class T, class Item, int THREADS, class List>
-__device__ void finish(Group<THREADS>& group, List list, const Forward& a, int64_t n,
-                       const Target<T>& target) {
-  const auto value = [&](int rank) { return Order<T>::value(Item(list[rank]).key()); };
-  for_each_rank<false>(group, static_cast<int>(a.k),
-                       [&](int rank) { a.indices[n * a.k + rank] = Item(list[rank]).index(); });
-  list_softmax<StatisticOf<T>, false>(group, a, n, value, value(0), target.index,
-                                      number_of(target.logit));
+__device__ void finish_list(Group<THREADS>& group, List list, const Forward& a, int64_t n,
+                            const Target<T>& target) {
+  const auto item = [&](int rank, int) { return Item(list[rank]); };
+  finish<T, 0>(group, a, n, target, item, item(0, -1));
 }
 
 // The gradient of the logits of the list, by rank. The target's is -at_target, joined to that in the list where it is there.

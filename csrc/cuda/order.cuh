@@ -84,6 +84,7 @@ template <class Item> __device__ __forceinline__ Item last_of(const Item& a, con
 
 // An index that no class has: such an item comes after all classes of its key.
 constexpr int32_t kNoIndex = 0x7FFFFFFF;
+template <class Item> constexpr int32_t kNoClass = sizeof(Item) == 4 ? 0xFFFF : kNoIndex;
 
 template <class T> struct Order;
 
@@ -153,6 +154,11 @@ template <> struct Order<double> {
   }
   static __device__ __forceinline__ double element(double x) { return x; }
 };
+
+// Keys of the numbers that Packed::not_below compares lie between the negative of this one and it.
+template <class T> constexpr typename Order<T>::Key kReach = Order<T>::kInfinity;
+template <> inline constexpr Order<bfloat16>::Key kReach<bfloat16> =
+    kComparesBfloat16 ? Order<bfloat16>::kInfinity : kInfinityOfHalf;
 
 template <class T> using KeyOf = typename Order<T>::Key;
 template <class T> using ItemOf = typename Order<T>::Item;

@@ -18,6 +18,9 @@ template <class T> using Shared = T*;
 
 #define PTX(...) __VA_ARGS__
 #define TWIN(...)
+#if __CUDA_ARCH__ >= 900
+#define COMPARES_BFLOAT16
+#endif
 #else
 #include <emulation.h>
 
@@ -51,6 +54,15 @@ __device__ __forceinline__ float to_float(float16 x) {
   TWIN(return static_cast<float>(bit_cast<_Float16>(x.bits));)
 }
 
+// Whether an instruction compares pairs of bfloat16. Where none does, one of float16 will, as the order of their bits is the
+// same from -kInfinityOfHalf up to what float16 takes for NaN, which is above all numbers in the question asked.
+#ifdef COMPARES_BFLOAT16
+constexpr bool kComparesBfloat16 = true;
+#else
+constexpr bool kComparesBfloat16 = false;
+#endif
+constexpr uint16_t kInfinityOfHalf = 0x7C00;
+
 // Rounded to the nearest, ties to even.
 __device__ __forceinline__ bfloat16 to_bfloat16(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
@@ -62,8 +74,9 @@ __device__ __forceinline__ float16 to_float16(float x) {
   TWIN(return {bit_cast<uint16_t>(static_cast<_Float16>(x))};)
 }
 
-// The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on. All bits of each
-// float that is not below the other's, or where either is NaN. Of the 16-bit floats also a pair, rounded to the nearest; and
+// The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on; the smaller, NaN
+// where both are. All bits of each float that is not below the other's, or where either is NaN; of bfloat16 see kComparesBfloat16.
+// Of the 16-bit floats also a pair, rounded to the nearest; and
 // the pair as it is, but that zeros and NaNs have lost their signs, and NaNs are one: the sum sees to the zeros, the maximum,
 // whose NaN is documented, to those.
 template <class T> struct Packed;
@@ -84,10 +97,21 @@ template <> struct Packed<float> {
                                                                             : x > y ? a
                                                                                     : b;)
   }
+  static __device__ __forceinline__ Unit min(Unit a, Unit b) {
+    return bit_cast<Unit>(std::fmin(bit_cast<float>(a), bit_cast<float>(b)));
+  }
   static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
     return bit_cast<float>(a) < bit_cast<float>(b) ? 0 : ~Unit{0};
   }
 };
+
+TWIN(inline unsigned pairs_not_below(unsigned a, unsigned b) {
+  const auto bits = [](unsigned x) {
+    return bit_cast<unsigned>(to_float(float16{static_cast<uint16_t>(x)}));
+  };
+  return Packed<float>::not_below(bits(a >> 16), bits(b >> 16)) << 16 |
+         Packed<float>::not_below(bits(a & 0xFFFF), bits(b & 0xFFFF)) >> 16;
+})
 
 template <> struct Packed<bfloat16> {
   using Unit = uint32_t;
@@ -105,10 +129,16 @@ template <> struct Packed<bfloat16> {
     TWIN(return (Packed<float>::max(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
                     Packed<float>::max(a << 16, b << 16) >> 16;)
   }
+  static __device__ __forceinline__ Unit min(Unit a, Unit b) {
+    PTX(Unit d; asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
+    TWIN(return (Packed<float>::min(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
+                    Packed<float>::min(a << 16, b << 16) >> 16;)
+  }
   static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
-    PTX(return __hgeu2_mask(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b));)
-    TWIN(return (Packed<float>::not_below(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
-                    Packed<float>::not_below(a << 16, b << 16) >> 16;)
+    PTX(if constexpr (kComparesBfloat16) return __hgeu2_mask(bit_cast<__nv_bfloat162>(a),
+                                                             bit_cast<__nv_bfloat162>(b));
+        else return __hgeu2_mask(bit_cast<__half2>(a), bit_cast<__half2>(b));)
+    TWIN(return pairs_not_below(a, b);)
   }
 };
 
@@ -126,18 +156,24 @@ template <> struct Packed<float16> {
     PTX(Unit d; asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
     TWIN(return half_max(a >> 16, b >> 16) << 16 | half_max(a & 0xFFFF, b & 0xFFFF);)
   }
+  static __device__ __forceinline__ Unit min(Unit a, Unit b) {
+    PTX(Unit d; asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;)
+    TWIN(return half_min(a >> 16, b >> 16) << 16 | half_min(a & 0xFFFF, b & 0xFFFF);)
+  }
   static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
     PTX(return __hgeu2_mask(bit_cast<__half2>(a), bit_cast<__half2>(b));)
-    TWIN(const auto bits =
-             [](Unit x) { return bit_cast<Unit>(to_float(float16{static_cast<uint16_t>(x)})); };
-         return Packed<float>::not_below(bits(a >> 16), bits(b >> 16)) << 16 |
-                Packed<float>::not_below(bits(a & 0xFFFF), bits(b & 0xFFFF)) >> 16;)
+    TWIN(return pairs_not_below(a, b);)
   }
-  TWIN(static Unit half_max(Unit a, Unit b) {
-    const float x = to_float(float16{static_cast<uint16_t>(a)});
-    const float y = to_float(float16{static_cast<uint16_t>(b)});
-    return x != x || y != y ? 0x7FFF : x > y ? a : b;
-  })
+  TWIN(
+      static Unit half_max(Unit a, Unit b) {
+        const float x = to_float(float16{static_cast<uint16_t>(a)});
+        const float y = to_float(float16{static_cast<uint16_t>(b)});
+        return x != x || y != y ? 0x7FFF : x > y ? a : b;
+      } static Unit half_min(Unit a, Unit b) {
+        const float x = to_float(float16{static_cast<uint16_t>(a)});
+        const float y = to_float(float16{static_cast<uint16_t>(b)});
+        return y != y || x < y ? a : b;
+      })
 };
 
 template <> struct Packed<double> {
@@ -147,10 +183,26 @@ template <> struct Packed<double> {
     const double x = bit_cast<double>(a), y = bit_cast<double>(b);
     return x > y || x != x ? a : b;
   }
+  static __device__ __forceinline__ Unit min(Unit a, Unit b) {
+    return bit_cast<Unit>(std::fmin(bit_cast<double>(a), bit_cast<double>(b)));
+  }
   static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
     return bit_cast<double>(a) < bit_cast<double>(b) ? 0 : ~Unit{0};
   }
 };
+
+// How many floats of all units are not below those of the limit, or are NaN.
+template <class T, int COUNT>
+__device__ __forceinline__ int number_not_below(const typename Packed<T>::Unit (&units)[COUNT],
+                                                typename Packed<T>::Unit limit) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (const auto unit : units) sum += static_cast<uint32_t>(Packed<T>::not_below(unit, limit));
+  // all bits are -1; of a pair, what is carried from the lower half to the upper is taken back
+  if (sizeof(T) != 2) return -static_cast<int>(sum);
+  const int low = static_cast<int>(-sum & 0xFFFF);
+  return 2 * low - (static_cast<int>(sum + static_cast<uint32_t>(low)) >> 16);
+}
 
 template <class S> __device__ __forceinline__ S larger(S a, S b) {
   using Unit = typename Packed<S>::Unit;

@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
   for (int rank = group.rank; rank <= k; rank += THREADS)
     values[rank] = number_of(row[rank < k ? indices[rank] : y]);
   group.sync();
-  const auto value = [&](int rank) { return f(values[rank]); };
-  list_softmax<S, false>(group, a.list, n, value, value(0), target, value(k));
+  const auto value = [&](int rank, int) { return f(values[rank]); };
+  list_softmax<S, 0>(group, a.list, n, value, value(0, -1), target, value(k, -1));
 }
 
 template <class T, int THREADS>

@@ -1,4 +1,4 @@
-// 32 classes in their order, over the lanes that share a row: sorted in registers, by networks of comparisons.
+// Some classes in their order, over the lanes that share a row: sorted in registers, by networks of comparisons.
 #pragma once
 
 #include "group.cuh"
@@ -13,22 +13,14 @@ template <class Item> __device__ __forceinline__ void put_in_order(Item& a, Item
   a = first;
 }
 
-// Lane 0 has the first kEach of the 32, lane 1 those that follow.
-template <class Item, int LANES> struct Sorted {
-  static constexpr int kEach = 32 / LANES;
+// Lane 0 has the first kEach of the TOP, lane 1 those that follow.
+template <class Item, int LANES, int TOP = 32> struct Sorted {
+  static constexpr int kEach = TOP / LANES;
   Item items[kEach];
 
-  // Of any 32. Each lane sorts its own (Batcher's merging of odd and even places), then runs of lanes are merged two by two.
+  // Of any TOP. Each lane sorts its own, then runs of lanes are merged two by two.
   __device__ __forceinline__ void sort(int lane) {
-#pragma unroll
-    for (int run = 1; run < kEach; run *= 2)
-#pragma unroll
-      for (int distance = run; distance > 0; distance /= 2)
-#pragma unroll
-        for (int i = 0; i + distance < kEach; ++i)
-          if (i >= distance % run && (i - distance % run) % (2 * distance) < distance &&
-              i / (2 * run) == (i + distance) / (2 * run))
-            put_in_order(items[i], items[i + distance]);
+    if constexpr (kEach > 1) sort_own<1, 1>();
 #pragma unroll
     for (int run = 1; run < LANES; run *= 2) {
       const Sorted other = turned(2 * run - 1);
@@ -38,7 +30,7 @@ template <class Item, int LANES> struct Sorted {
     }
   }
 
-  // The first 32 of these and of 32 more.
+  // The first of these and of as many more.
   __device__ __forceinline__ void merge(Sorted more, int lane) {
     more = more.turned(LANES - 1);
 #pragma unroll
@@ -46,7 +38,34 @@ template <class Item, int LANES> struct Sorted {
     settle(lane, LANES);
   }
 
+  // From then on a lane has the ranks lane, lane + LANES, ..., as they are written to memory. Through memory of the group, of
+  // kApart items: these lie in different banks, whichever group's.
+  static constexpr int kApart = kEach == 1 ? 0 : TOP + 1;
+  template <class Memory>
+  __device__ __forceinline__ void deal(const Group<LANES>& group, Memory memory) {
+    if constexpr (kEach > 1) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) memory[group.rank * kEach + i] = items[i];
+      group.sync();
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) items[i] = memory[i * LANES + group.rank];
+    }
+  }
+
  private:
+  // Batcher's merging of odd and even places. By templates, as the compiler does not unroll such loops for 16 items.
+  template <int RUN, int DISTANCE> __device__ __forceinline__ void sort_own() {
+#pragma unroll
+    for (int i = 0; i + DISTANCE < kEach; ++i)
+      if (i >= DISTANCE % RUN && (i - DISTANCE % RUN) % (2 * DISTANCE) < DISTANCE &&
+          i / (2 * RUN) == (i + DISTANCE) / (2 * RUN))
+        put_in_order(items[i], items[i + DISTANCE]);
+    if constexpr (DISTANCE > 1)
+      sort_own<RUN, DISTANCE / 2>();
+    else if constexpr (2 * RUN < kEach)
+      sort_own<2 * RUN, 2 * RUN>();
+  }
+
   // What the lane has whose number differs by these bits, last item first.
   __device__ __forceinline__ Sorted turned(int bits) const {
     Sorted other;

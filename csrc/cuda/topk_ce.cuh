@@ -1,9 +1,9 @@
 // topk_ce in CUDA C++: the k largest logits of a row, their softmax, its loss and its gradient. The formulas and what is saved
 // for backward stand in triton_kernels/topk_ce.py; the contract in python/sparse_ce/schema.py.
 //
-// Up to k = 32 a row belongs to some lanes of a warp (up to 512 bytes, 1 KB of float64: few.cuh) or to a warp (up to 48 KB:
-// held.cuh); else to a block of 128 (k <= 128) or 512 threads (k <= 1024; long rows from k = 33 on). Forward of a block goes
-// through these steps, and reads V * itemsize bytes per row from memory:
+// Up to k = 128 a row of up to 16 KB belongs to some lanes of a warp, or to all of them (held.cuh; few.cuh where classes are so
+// few that all are sorted), up to k = 32 one of up to 48 KB; else to a block of 128 (k <= 128) or 512 threads (k <= 1024; long
+// rows from k = 33 on). Forward of a block goes through these steps, and reads V * itemsize bytes per row from memory:
 //
 //   bound    a key that at least k classes reach, and few more. A short row lies in the registers of its block, and the bound
 //            is found among all its keys. A longer one streams past: chunk q of 16 bytes belongs to segment q mod NSEG, a
@@ -146,7 +146,7 @@ __device__ void finish_part(Group<THREADS>& group, Shared<Item> list, int length
     length = collect_exactly<T, LIST>(group, list, row_of<T>(a.logits, part.row), part.first,
                                       part.size, bound, k);
   sort<T>(group, list, length);
-  if (gridDim.y == 1) return finish<T, Item>(group, list, a, part.row, target);
+  if (gridDim.y == 1) return finish_list<T, Item>(group, list, a, part.row, target);
   Item* best = static_cast<Item*>(a.scratch) + part.job() * a.k;
   for (int rank = group.rank; rank < k; rank += THREADS) best[rank] = list[rank];
 }
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(THREADS, resident<T>(THREADS))
   group.sync();
   target.load_logit(a, row_of<T>(a.logits, row));
   sort<T>(group, list, candidates);
-  finish<T, ItemOf<T>>(group, list, a, row, target);
+  finish_list<T, ItemOf<T>>(group, list, a, row, target);
 }
 
 // k beyond the lists: the k-th key, then every class that precedes it and as many ties as are missing, lowest index first;
@@ -374,7 +374,7 @@ template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, resid
   Target<T> target;
   target.load_index(a, n);
   target.load_logit(a, row);
-  finish<T, ItemOf<T>>(group, best, a, n, target);
+  finish_list<T, ItemOf<T>>(group, best, a, n, target);
 }
 
 // dlogits: zeros, and then the k + 1 numbers. Groups follow each other as their parts of the rows lie in memory, which it takes
@@ -466,12 +466,11 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
            a, radix_capacity(a.k));
     return cudaGetLastError();
   }
-  if (a.k <= kMaxHeldK && classes <= kMaxFew<T>) return forward_few<T>(a, stream);
-  if (a.k <= kMaxHeldK && chunks <= kMaxHeldChunks) return forward_held<T>(a, stream);
+  if (a.k <= 32 && classes <= kMaxFew) return forward_few<T>(a, stream);
+  if (a.k <= kMaxHeldK && chunks <= (a.k <= kMaxStreamedK ? kMaxStreamedChunks : kMaxHeldChunks))
+    return forward_held<T>(a, stream);
   const Split split = split_of(a);
-  if (a.k <= 128 && classes <= 2048)
-    launch_rows<T>(forward_short_kernel<T, 128, 16, 1024>, 128, a, split, stream);
-  else if (a.k <= 32 || (a.k <= 128 && chunks <= 8192))
+  if (a.k <= 32 || (a.k <= 128 && chunks <= 8192))
     launch_rows<T>(forward_long_kernel<T, 128, 8, 1, 1024>, 128, a, split, stream);
   else if (a.k <= 128)
     launch_rows<T>(forward_long_kernel<T, 512, 4, 1, 1024>, 512, a, split, stream);
