@@ -265,9 +265,11 @@ def test_chosen_kernels_of_plif(classes, threads, parts):
     assert emulated_cuda.outside_parts(arguments) == 2 * parts
     expected = eager.plif_ce_bwd(torch.ones(2), None, *rest)
     for ours, theirs in zip(found, expected, strict=True):
-        # as in test_plif.py: the gradient of a row is off by some units of its 2
+        # as in test_plif.py: the gradient of a row is off by some units of its 2; and both are
+        # rounded to bfloat16, on different sides of a middle perhaps
         step = theirs.double().abs().max() if theirs.is_floating_point() else SCALE
-        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6 * step)
+        rtol = 2**-7 if theirs.dtype == torch.bfloat16 else 1e-5
+        assert torch.allclose(ours.double(), theirs.double(), rtol=rtol, atol=1e-6 * step)
 
 
 @pytest.mark.parametrize("k, threads", [(128, 32), (129, 256)])
