@@ -170,5 +170,16 @@ SUITES = {
     # beside the loss of k classes and the dense one, between which it stands
     "tail": Suite(FLOOR[:2], rounds=15, seconds=10, skip=("composition", "composition.compiled")),
     "floor": Suite(FLOOR, rounds=15, seconds=10, skip=_OTHERS),
+    # rows that instructions bind, not memory: what a longer list costs them
+    "short": Suite(
+        tuple(
+            Problem(rows, classes, k)
+            for rows, classes in ((65536, 1000), (16384, 4096))
+            for k in (20, 50, 100)
+        ),
+        rounds=15,
+        seconds=10,
+        skip=_OTHERS,
+    ),
     "full": Suite(tuple(dict.fromkeys(FLOOR + SWEEPS)), rounds=15, seconds=10, skip=_OTHERS),
 }

@@ -131,7 +131,7 @@ prove() {
   [ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
   cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
   cases="$cases or (test_many_short_rows and bfloat16) or test_dslopes or (test_tables and 1025)"
-  cases="$cases or test_rows_of_a_program or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
+  cases="$cases or test_rows_of_a_warp or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
   tools=(memcheck racecheck synccheck)
   [ "$mode" = full ] && tools+=(initcheck)
   command -v compute-sanitizer >/dev/null || { note "without compute-sanitizer no memory errors and races are looked for"; tools=(); }
@@ -189,6 +189,7 @@ if [ "$mode" = bench ]; then
   bench tail 40 run --suite tail --dtype bf16 --repeats 8
   bench threshold 40 run --suite threshold --dtype bf16 --repeats 8
   bench plif 60 plif --dtype bf16 --repeats 5
+  bench short 60 run --suite short --dtype bf16 --repeats 8 "${rivals[@]}"
   bench floor-fp32 100 run --suite floor --dtype fp32 --repeats 8 "${rivals[@]}"
   bench continuous 40 continuous
   bench break-even 60 linear --break-even --dtype bf16 fp32
