@@ -126,7 +126,7 @@ template <class T, class Term> T sum_by_lanes(int64_t width, Term term) {
 // The first `n` of a vector, and `rest` in its other lanes.
 template <class Key> typename Vector<Key>::Register load_first(const Key* p, int64_t n, Key rest) {
   using V = Vector<Key>;
-  if constexpr (V::compresses) {
+  if constexpr (V::loads_first) {
     return V::load_first(p, n, rest);
   } else {
     Key lanes[V::lanes];

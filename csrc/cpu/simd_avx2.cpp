@@ -27,6 +27,16 @@ namespace with_avx2 {
 
 template <class Key> struct Vector;
 
+// The lanes of each mask of eight, side by side, a byte for each: older AMD processors take ages for pdep and pext.
+static constexpr struct LanesOfMask {
+  uint64_t lanes[256] = {};
+  constexpr LanesOfMask() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (uint64_t lane = 0, n = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) lanes[mask] |= lane << 8 * n++;
+  }
+} lanes_of_mask;
+
 struct Vector256 {
   using Register = __m256i;
   static constexpr int64_t sorts = 0;
@@ -36,11 +46,32 @@ struct Vector256 {
   static Register flip(Register a) { return _mm256_xor_si256(a, _mm256_set1_epi32(-1)); }
   static int first(uint32_t mask) { return __builtin_ctz(mask); }
   static int count(uint32_t mask) { return __builtin_popcount(mask); }
+
+  // Eight keys and their indices, those of the mask side by side; -0, whose key is -1, becomes +0
+  static int compress8(int32_t* out, int32_t* indices, Register keys, uint32_t mask,
+                       int32_t index) {
+    const Register minus_zeros = _mm256_cmpeq_epi32(keys, _mm256_set1_epi32(-1));
+    const Register lanes = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes_of_mask.lanes + (mask & 0xff))));
+    const Register places =
+        _mm256_add_epi32(_mm256_set1_epi32(index), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+    store(out, _mm256_permutevar8x32_epi32(_mm256_andnot_si256(minus_zeros, keys), lanes));
+    store(indices, _mm256_permutevar8x32_epi32(places, lanes));
+    return count(mask & 0xff);
+  }
 };
 
 template <> struct Vector<int16_t> : Vector256 {
   static constexpr int lanes = 16;
-  static constexpr bool compresses = false;
+  static constexpr bool compresses = true, loads_first = false;
+  static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
+    const auto half = static_cast<uint32_t>(mask);
+    const int n =
+        compress8(out, indices, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(keys)), half, index);
+    return n + compress8(out + n, indices + n,
+                         _mm256_cvtepi16_epi32(_mm256_extracti128_si256(keys, 1)), half >> 8,
+                         index + 8);
+  }
   static Register broadcast(int16_t a) { return _mm256_set1_epi16(a); }
   static Register max(Register a, Register b) { return _mm256_max_epi16(a, b); }
   static Register min(Register a, Register b) { return _mm256_min_epi16(a, b); }
@@ -64,7 +95,10 @@ template <> struct Vector<int16_t> : Vector256 {
 };
 template <> struct Vector<int32_t> : Vector256 {
   static constexpr int lanes = 8;
-  static constexpr bool compresses = false;
+  static constexpr bool compresses = true, loads_first = false;
+  static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
+    return compress8(out, indices, keys, static_cast<uint32_t>(mask), index);
+  }
   static Register add(Register a, Register b) { return _mm256_add_epi32(a, b); }
   static Register count_greater(Register n, Register a, Register b) {
     return _mm256_sub_epi32(n, _mm256_cmpgt_epi32(a, b));
@@ -90,7 +124,7 @@ template <> struct Vector<int32_t> : Vector256 {
 };
 template <> struct Vector<int64_t> : Vector256 {
   static constexpr int lanes = 4;
-  static constexpr bool compresses = false;
+  static constexpr bool compresses = false, loads_first = false;
   static Register add(Register a, Register b) { return _mm256_add_epi64(a, b); }
   static Register count_greater(Register n, Register a, Register b) {
     return _mm256_sub_epi64(n, _mm256_cmpgt_epi64(a, b));

@@ -67,7 +67,7 @@ struct Vector512 {
 
 template <> struct Vector<int16_t> : Vector512 {
   static constexpr int lanes = 32;
-  static constexpr bool compresses = true;
+  static constexpr bool compresses = true, loads_first = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
     const int n =
         compress16(out, indices, _mm512_cvtepi16_epi32(_mm512_castsi512_si256(keys)), mask, index);
@@ -96,7 +96,7 @@ template <> struct Vector<int16_t> : Vector512 {
 };
 template <> struct Vector<int32_t> : Vector512 {
   static constexpr int lanes = 16;
-  static constexpr bool compresses = true;
+  static constexpr bool compresses = true, loads_first = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
     return compress16(out, indices, keys, mask, index);
   }
@@ -175,7 +175,7 @@ template <> struct Vector<int32_t> : Vector512 {
 };
 template <> struct Vector<int64_t> : Vector512 {
   static constexpr int lanes = 8;
-  static constexpr bool compresses = false;
+  static constexpr bool compresses = false, loads_first = false;
   static Register add(Register a, Register b) { return _mm512_add_epi64(a, b); }
   static Register count_greater(Register n, Register a, Register b) {
     return _mm512_mask_add_epi64(n, _mm512_cmpgt_epi64_mask(a, b), n, broadcast(1));

@@ -16,7 +16,7 @@ namespace with_portable {
 
 template <class Key> struct Vector {
   static constexpr int lanes = 16 / sizeof(Key);
-  static constexpr bool compresses = false;
+  static constexpr bool compresses = false, loads_first = false;
   static constexpr int64_t sorts = 0;
   struct Register {
     Key lane[lanes];
