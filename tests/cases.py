@@ -81,6 +81,14 @@ def _nan(sign: int, share: float) -> Filler:
     return fill
 
 
+def _signalling_nan(n: int, v: int, dtype: torch.dtype) -> Tensor:
+    """The lowest mantissa bit alone: a processor's own minimum loses the other number to it."""
+    infinity = int(bits(torch.tensor(math.inf, dtype=dtype)).item())
+    nan = _from_bits(torch.full((n, v), infinity + 1), dtype)
+    z = torch.where(torch.rand(n, v) < 0.02, -math.inf, torch.randn(n, v)).to(dtype)
+    return torch.where(torch.rand(n, v) < 0.01, nan, z)
+
+
 def _nan_of_both_signs(n: int, v: int, dtype: torch.dtype) -> Tensor:
     return torch.where(
         torch.rand(n, v) < 0.5, _nan(1, 0.3)(n, v, dtype), _nan(-1, 0.3)(n, v, dtype)
@@ -156,6 +164,7 @@ FILLERS: dict[str, Filler] = {
     "one_negative_nan": _nan(-1, 0.0),
     "many_nan_of_both_signs": _nan_of_both_signs,
     "all_nan": _nan(1, 1.0),
+    "signalling_nan": _signalling_nan,
     "plus_inf": _some(math.inf, 0.01),
     "both_inf": _infinities,
     "90_percent_minus_inf": _some(-math.inf, 0.9),

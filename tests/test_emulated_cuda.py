@@ -2,6 +2,7 @@
 test_kernels.py, as on every backend.
 """
 
+import ctypes
 import re
 
 import cases
@@ -13,6 +14,7 @@ if not subjects.EMULATING:
     pytest.skip("runs with SPARSE_CE_EMULATE=1", allow_module_level=True)
 
 import emulated_cuda  # noqa: E402
+import emulation  # noqa: E402
 from sparse_ce import eager  # noqa: E402
 from test_tail import assert_draws, listed  # noqa: E402
 
@@ -82,6 +84,27 @@ def test_chosen_kernels(dtype, rows, classes, k, kernels):
     assert names == kernels
     expected = logits[0].double().sort(descending=True, stable=True).indices[:k]
     assert (outputs[2] == expected).all()
+
+
+@pytest.fixture(scope="module")
+def comparing_bfloat16():
+    library = ctypes.CDLL(str(emulation.build(emulation.HEADERS / "bfloat16.cpp")))
+    library.topk_ce_scratch_bytes.restype = ctypes.c_int64
+    library.topk_ce_forward.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.mark.parametrize("classes, k", [(101, 20), (1003, 20), (1000, 100), (2051, 50), (9001, 20)])
+@pytest.mark.parametrize("filler", cases.FILLERS)
+def test_pairs_of_bfloat16(comparing_bfloat16, monkeypatch, filler, classes, k):
+    """Compared by an instruction of their own: the same bits as by one of float16."""
+    logits = cases.logits(filler, 3, classes, torch.bfloat16)
+    arguments = (logits, torch.zeros(3, dtype=torch.int64), None, k, 0.0)
+    expected = emulated_cuda.topk_ce_fwd(*arguments)
+    monkeypatch.setattr(emulated_cuda, "_library", lambda: comparing_bfloat16)
+    found = emulated_cuda.topk_ce_fwd(*arguments)
+    assert all(map(torch.equal, map(cases.bits, found), map(cases.bits, expected)))
+    assert torch.equal(found[2], eager.topk_ce_fwd(*arguments)[2])
 
 
 @pytest.mark.parametrize("classes, threads", [(1023, 8), (1024, 32), (4095, 32), (4096, 128)])

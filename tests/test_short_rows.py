@@ -24,7 +24,7 @@ MORE = [
     *((8190, 128), (9001, 32)),
 ]
 MIXED = (
-    *("random", "constant", "ties", "all_nan", "wide", "one_negative_nan", "clustered"),
+    *("random", "constant", "ties", "all_nan", "wide", "signalling_nan", "clustered"),
     *("99_percent_minus_inf", "descending", "all_minus_inf", "random"),
 )
 

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Group<LANES>::kBlock, sizeof(T) == 2 ? 5 : 4)
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int i = (v * LANES + lane) * VECTOR;
-    for (T& element : x[v].elements) element = element_of(lowest_chunk<T>(), 0);
+    for (T& element : x[v].elements) element = lowest_element<T>();
     if (i < classes) x[v] = *reinterpret_cast<const Vector<T, VECTOR>*>(row + i);
   }
   target.load_logit(a, row);

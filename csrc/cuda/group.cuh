@@ -56,7 +56,7 @@ __device__ __forceinline__ V sum_of_lanes_before(V x, int lane, V& all) {
         by_words(sum, [&](auto word) { return __shfl_up_sync(kAllLanes, word, distance); });
     if (lane >= distance) sum += other;
   }
-  all = of_lane(sum, LANES == 32 ? 31 : (static_cast<int>(threadIdx.x) % 32) | (LANES - 1));
+  all = of_lane(sum, LANES == 32 ? 31 : static_cast<int>(threadIdx.x % 32) | (LANES - 1));
   return sum - x;
 }
 
@@ -129,8 +129,9 @@ template <int THREADS> class Group {
   // Of the group in its warp.
   __device__ __forceinline__ int first_lane() const {
     static_assert(kInWarp);
-    return kLanes == 32 ? 0 : static_cast<int>(threadIdx.x) % 32 - rank;
+    return kLanes == 32 ? 0 : static_cast<int>(threadIdx.x % 32) - rank;
   }
+  __device__ __forceinline__ int last_lane() const { return first_lane() + kLanes - 1; }
 
   // Whether any group of the warp says yes, where all threads of a group say the same.
   __device__ __forceinline__ bool any_of_warp(bool yes) const {

@@ -1,11 +1,11 @@
-// topk_ce forward for up to 128 classes of short rows, whose logits lie in the registers of some lanes of a warp from the only
-// look at them to the end. Such rows are bound by instructions, not by memory: eight, four or two of them share a warp, up to 1,
-// 2 and 4 KB, so that what a row needs once costs a part of what it costs a warp. For up to 32 classes of up to 48 KB a warp
-// takes a row tile by tile.
+// topk_ce forward for up to 128 classes of short rows, whose logits lie in the registers of some lanes of a warp while their
+// largest are looked for. Such rows are bound by instructions, not by memory: eight, four or two of them share a warp, up to 1, 2
+// and 4 KB, so that what a row needs once costs a part of what it costs a warp. For up to 32 classes of up to 48 KB a warp takes
+// a row tile by tile.
 //
 //   bound    of the first tile: found among maxima, of which each lane has some. From then on, the k-th of the tiles before.
 //   collect  a bit for each class that reaches it; then a list of these bits in shared memory.
-//   sort     between registers, TOP at a time: first TOP, and with them, as long as more are listed, the next TOP merged.
+//   sort     the classes of the list, read again, between registers, TOP at a time: first TOP, and with them, as long as more are listed, the next TOP merged.
 //   finish   each lane has the classes of its ranks.
 //
 // Where more reach the bound than a list holds, the maxima of that tile raise it. What are still too many then are ties: in
@@ -35,7 +35,8 @@ template <class T, int LANES, int CHUNKS, int TOP> struct Held {
   static constexpr int kWanted = (TOP == 32 ? 2 : 4) * TOP / (LANES * kPerUnit);
   static constexpr int kMost = CHUNKS * kUnits / 2;
   static constexpr int kPlaces = kWanted < 1 ? 1 : kWanted < kMost ? kWanted : kMost;
-  // How many classes are the maxima of a row, at least.
+  // How many maxima of different classes a row has: so many of each chunk, up to all. By the chunks that a row has at least,
+  // as all rows of a warp must decide alike.
   static constexpr int kMaxima = kPlaces * kPerUnit * LANES;
   static constexpr int kMaximaOfChunk = kPerUnit * (kPlaces < kUnits ? kPlaces : kUnits);
   Chunk<T> chunks[CHUNKS];
@@ -99,7 +100,7 @@ template <class T, int LANES, int CHUNKS, int TOP> struct Held {
     return low == -kReach<T> ? -Order<T>::kInfinity : low;
   }
 
-  // How many of the first chunks' classes reach the bound; where it is NaN, all.
+  // How many of the first chunks' classes reach the bound; where it is no number that is compared, all.
   __device__ __forceinline__ int look_for(Key bound, int first_chunks) {
     const Unit limit = unit_of(bound);
 #pragma unroll
@@ -148,8 +149,8 @@ template <class T, int LANES, int CHUNKS, int TOP> struct Held {
   }
 };
 
-// Blocks that shall find room on a multiprocessor: up to 96 registers per thread, 128 or 168 where the row takes 64 or 128 of
-// them, or lists of float32 and their merging; more for float64, which is not to be fast.
+// Blocks that shall find room on a multiprocessor: up to 96 registers per thread, 128 or 168 where tiles or lists need more, and
+// more for float64, which is not to be fast.
 template <class T, int LANES, int CHUNKS, int TOP, bool STREAMS> constexpr int kHeldBlocks =
     sizeof(T) == 8                                          ? (CHUNKS == 32 && TOP > 32 ? 2 : 3)
     : CHUNKS == 32 || (sizeof(T) == 4 && TOP > 64)          ? 3
@@ -166,13 +167,15 @@ __global__ void __launch_bounds__(Group<LANES>::kBlock, kHeldBlocks<T, LANES, CH
   using Lanes = Held<T, LANES, CHUNKS, TOP>;
   constexpr int kTile = LANES * CHUNKS, kElements = Chunk<T>::kElements;
   constexpr int kList = TOP == 32 ? 128 : 256;
+  // lists of a warp begin in different banks
+  constexpr int kApart = LANES == 32 ? kList : kList + LANES;
   // a row of at most half as many chunks has a smaller tile, but from the smallest on
   constexpr bool kHasHalf = !STREAMS && kTile > 16;
   GROUP_MEMORY(LANES, group);
-  SHARED_ARRAY(uint16_t, lists, G::kPerBlock* kList);
+  SHARED_ARRAY(uint16_t, lists, G::kPerBlock* kApart);
   SHARED_ARRAY(Item, sorted, G::kPerBlock * Best::kApart + 1);
   const int64_t n = group.row(a.logits.count);
-  const Shared<uint16_t> list = lists + group.number * kList;
+  const Shared<uint16_t> list = lists + group.number * kApart;
   const int lane = group.rank, k = static_cast<int>(a.k);
   const int classes = static_cast<int>(a.logits.classes);
   const T* row = row_of<T>(a.logits, n);
@@ -212,9 +215,12 @@ __global__ void __launch_bounds__(Group<LANES>::kBlock, kHeldBlocks<T, LANES, CH
         bound = tile == 0 || of_tile > bound ? of_tile : bound;
       }
       reaching_edges = 0;
+#pragma unroll 1
       for (int i = lane; i < edges; i += LANES)
         if (Order<T>::key(row[edge(i)]) >= bound) reaching_edges |= 1u << i / LANES;
-      const int reached = held.look_for(bound, (left + LANES - 1) / LANES) + __popc(reaching_edges);
+      const int reached =
+          held.look_for(bound, static_cast<int>(static_cast<unsigned>(left + LANES - 1) / LANES)) +
+          __popc(reaching_edges);
       place = sum_of_lanes_before<LANES>(reached, lane, length);
       if (!STREAMS || is_raised || length <= kList) break;
     }
@@ -245,13 +251,13 @@ __global__ void __launch_bounds__(Group<LANES>::kBlock, kHeldBlocks<T, LANES, CH
       }
 #pragma unroll
       for (int e = 0; e < Best::kEach; ++e) {
-        x[e] = element_of(lowest_chunk<T>(), 0);
+        x[e] = lowest_element<T>();
         if (from + e * LANES + lane < size)
           x[e] = row[index[e]];
         else
           index[e] = kNoClass<Item>;
       }
-      const Item worst = of_lane(best.items[Best::kEach - 1], group.first_lane() + LANES - 1);
+      const Item worst = of_lane(best.items[Best::kEach - 1], group.last_lane());
       bool is_better = false;
       Best more;
 #pragma unroll
@@ -269,8 +275,9 @@ __global__ void __launch_bounds__(Group<LANES>::kBlock, kHeldBlocks<T, LANES, CH
     if constexpr (STREAMS) {
       static_assert(Best::kEach == 1);
       group.sync();
-      // of later classes only greater ones
+      // of later classes only greater ones; there are none where k are NaN
       bound = of_lane(best.items[0], k - 1).key() + 1;
+      if (bound > Order<T>::kInfinity + 1) break;
     }
   }
   finish_sorted<T>(group, a, n, target, best, sorted);

@@ -236,4 +236,8 @@ template <class T> __device__ __forceinline__ Chunk<T> lowest_chunk() {
   return chunk;
 }
 
+template <class T> __device__ __forceinline__ T lowest_element() {
+  return element_of(lowest_chunk<T>(), 0);
+}
+
 }  // namespace sparse_ce::cuda

@@ -54,8 +54,8 @@ __device__ __forceinline__ float to_float(float16 x) {
   TWIN(return static_cast<float>(bit_cast<_Float16>(x.bits));)
 }
 
-// Whether an instruction compares pairs of bfloat16. Where none does, one of float16 will, as the order of their bits is the
-// same from -kInfinityOfHalf up to what float16 takes for NaN, which is above all numbers in the question asked.
+// Whether an instruction compares pairs of bfloat16. Where none does, one of float16 will: the order of bits is the same, from
+// the negative of the bits kInfinityOfHalf to these. What lies above is NaN to it, and so not below either.
 #ifdef COMPARES_BFLOAT16
 constexpr bool kComparesBfloat16 = true;
 #else
@@ -76,9 +76,8 @@ __device__ __forceinline__ float16 to_float16(float x) {
 
 // The larger of each pair of floats in two registers, NaN where either is NaN: one instruction from sm_80 on; the smaller, NaN
 // where both are. All bits of each float that is not below the other's, or where either is NaN; of bfloat16 see kComparesBfloat16.
-// Of the 16-bit floats also a pair, rounded to the nearest; and
-// the pair as it is, but that zeros and NaNs have lost their signs, and NaNs are one: the sum sees to the zeros, the maximum,
-// whose NaN is documented, to those.
+// Of the 16-bit floats also a pair, rounded to the nearest; and the pair as it is, but that zeros and NaNs have lost their signs,
+// and NaNs are one: the sum sees to the zeros, the maximum, whose NaN is documented, to those.
 template <class T> struct Packed;
 
 TWIN(inline unsigned plain_bits(unsigned bits, unsigned infinity) {
@@ -98,7 +97,9 @@ template <> struct Packed<float> {
                                                                                     : b;)
   }
   static __device__ __forceinline__ Unit min(Unit a, Unit b) {
-    return bit_cast<Unit>(std::fmin(bit_cast<float>(a), bit_cast<float>(b)));
+    const float x = bit_cast<float>(a), y = bit_cast<float>(b);
+    PTX(return bit_cast<Unit>(fminf(x, y));)
+    TWIN(return x < y || y != y ? a : b;)
   }
   static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
     return bit_cast<float>(a) < bit_cast<float>(b) ? 0 : ~Unit{0};
@@ -138,7 +139,10 @@ template <> struct Packed<bfloat16> {
     PTX(if constexpr (kComparesBfloat16) return __hgeu2_mask(bit_cast<__nv_bfloat162>(a),
                                                              bit_cast<__nv_bfloat162>(b));
         else return __hgeu2_mask(bit_cast<__half2>(a), bit_cast<__half2>(b));)
-    TWIN(return pairs_not_below(a, b);)
+    TWIN(if constexpr (kComparesBfloat16) return (
+             Packed<float>::not_below(a & 0xFFFF0000, b & 0xFFFF0000) & 0xFFFF0000) |
+             Packed<float>::not_below(a << 16, b << 16) >> 16;
+         else return pairs_not_below(a, b);)
   }
 };
 
@@ -184,7 +188,8 @@ template <> struct Packed<double> {
     return x > y || x != x ? a : b;
   }
   static __device__ __forceinline__ Unit min(Unit a, Unit b) {
-    return bit_cast<Unit>(std::fmin(bit_cast<double>(a), bit_cast<double>(b)));
+    const double x = bit_cast<double>(a), y = bit_cast<double>(b);
+    return x < y || y != y ? a : b;
   }
   static __device__ __forceinline__ Unit not_below(Unit a, Unit b) {
     return bit_cast<double>(a) < bit_cast<double>(b) ? 0 : ~Unit{0};

@@ -42,7 +42,8 @@ template <class T> __device__ __forceinline__ Whole whole_chunks(const T* row, i
   const int misaligned = static_cast<int>(bit_cast<uintptr_t>(row) % 16 / sizeof(T));
   const int to_aligned = misaligned == 0 ? 0 : Chunk<T>::kElements - misaligned;
   const int head = to_aligned < classes ? to_aligned : classes;
-  return {head, (classes - head) / Chunk<T>::kElements};
+  // unsigned, or else the division rounds towards zero
+  return {head, static_cast<int>(static_cast<unsigned>(classes - head) / Chunk<T>::kElements)};
 }
 
 // f(class) of the classes outside of the whole chunks, fewer than 2 chunks.

@@ -39,8 +39,8 @@ template <class Item, int LANES, int TOP = 32> struct Sorted {
   }
 
   // From then on a lane has the ranks lane, lane + LANES, ..., as they are written to memory. Through memory of the group, of
-  // kApart items: these lie in different banks, whichever group's.
-  static constexpr int kApart = kEach == 1 ? 0 : TOP + 1;
+  // kApart items, so that groups meet in few banks.
+  static constexpr int kApart = kEach == 1 ? 0 : TOP + LANES + 1;
   template <class Memory>
   __device__ __forceinline__ void deal(const Group<LANES>& group, Memory memory) {
     if constexpr (kEach > 1) {

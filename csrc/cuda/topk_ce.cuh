@@ -456,8 +456,8 @@ template <class T> void launch_rows(void (*kernel)(Forward, int), int threads, c
            static_cast<int>(split.parts * a.k));
 }
 
-// The tuning table: up to k = 128 an H200 chose it, in bfloat16. Registers and spills of every row are in
-// tests/cuda_resources.json.
+// The tuning table: of rows that blocks have an H200 chose it up to k = 128, in bfloat16, of shorter ones counts of instructions.
+// These, registers and spills of every row are in tests/cuda_resources.json.
 template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t stream) {
   constexpr int kUnits = Chunk<T>::kUnits, kLongList = sizeof(ItemOf<T>) == 8 ? 4096 : 2048;
   const int64_t classes = a.logits.classes, chunks = classes / Chunk<T>::kElements;
