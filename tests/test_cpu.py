@@ -48,6 +48,18 @@ def test_values(isa, stem, dtype, classes, k):
         check(CPU, stem, call, "ab")
 
 
+@pytest.mark.parametrize("filler", ["random", "last_bits", "ties", "both_inf", "descending"])
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_sorted_lists(isa, dtype, filler):
+    """Of every length that registers hold, and beyond; keys that differ in their last bits too."""
+    for n in range(1, 140):
+        logits = cases.logits(filler, 2, n, dtype)
+        call = Call(logits, torch.zeros(2, dtype=torch.int64), n)
+        indices = TOPK_CE.forward(call, "cpu")[2]
+        expected = logits.double().sort(dim=-1, descending=True, stable=True).indices
+        assert torch.equal(indices.long(), expected)
+
+
 @pytest.mark.parametrize("features", [1, 33])
 @pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_sums_of_rows(isa, dtype, features):

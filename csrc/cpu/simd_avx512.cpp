@@ -126,51 +126,93 @@ template <> struct Vector<int32_t> : Vector512 {
     if constexpr (DISTANCE == 1) other = _mm512_shuffle_epi32(a, _MM_PERM_CDAB);
     return _mm512_mask_max_epi32(min(a, other), MAXIMA & 0xffff, a, other);
   }
-  // Of a bitonic register.
-  static Register merge_descending(Register a) {
-    return exchange<1, 0x5555>(exchange<2, 0x3333>(exchange<4, 0x0f0f>(exchange<8, 0x00ff>(a))));
+  // Of a bitonic register. All bits of FLIP set: ascending.
+  template <int FLIP> static Register merge_lanes(Register a) {
+    a = exchange<4, 0x0f0f ^ FLIP>(exchange<8, 0x00ff ^ FLIP>(a));
+    return exchange<1, 0x5555 ^ FLIP>(exchange<2, 0x3333 ^ FLIP>(a));
   }
-  // All bits of FLIP set: ascending.
   template <int FLIP> static Register sort_lanes(Register a) {
     a = exchange<1, 0x9999 ^ FLIP>(a);
     a = exchange<1, 0xa5a5 ^ FLIP>(exchange<2, 0xc3c3 ^ FLIP>(a));
     a = exchange<1, 0xaa55 ^ FLIP>(exchange<2, 0xcc33 ^ FLIP>(exchange<4, 0xf00f ^ FLIP>(a)));
-    a = exchange<4, 0x0f0f ^ FLIP>(exchange<8, 0x00ff ^ FLIP>(a));
-    return exchange<1, 0x5555 ^ FLIP>(exchange<2, 0x3333 ^ FLIP>(a));
+    return merge_lanes<FLIP>(a);
+  }
+  // Runs of so many registers, side by side one descending and one ascending -> half as many, of twice the length.
+  template <int RUN, int COUNT> static void merge(Register (&z)[COUNT]) {
+#pragma GCC unroll 8
+    for (int distance = RUN; distance > 0; distance /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) {
+        if ((i & distance) != 0) continue;
+        const bool ascending = i / (2 * RUN) % 2 == 1;
+        const Register larger = max(z[i], z[i + distance]), less = min(z[i], z[i + distance]);
+        z[i] = ascending ? less : larger;
+        z[i + distance] = ascending ? larger : less;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i)
+      z[i] = i / (2 * RUN) % 2 == 1 ? merge_lanes<0xffff>(z[i]) : merge_lanes<0>(z[i]);
   }
 
-  // Up to 32 candidates in the order of the index -> (key desc, index asc), in registers. What is sorted are keys, of BITS bits,
-  // with the place in the list in the five lowest: all are different. A key of 32 bits loses its own five there. Returns false
-  // where it needed them: keys that differ in these alone then stand in the order of the index.
-  static constexpr int64_t sorts = 32;
+  // What so many registers hold, side by side.
+  template <int COUNT> static Register at_places(const Register* table, Register place) {
+    if constexpr (COUNT == 2) {
+      return _mm512_permutex2var_epi32(table[0], place, table[1]);
+    } else {
+      const __mmask16 later = _mm512_test_epi32_mask(place, broadcast(8 * COUNT));
+      return _mm512_mask_mov_epi32(at_places<COUNT / 2>(table, place), later,
+                                   at_places<COUNT / 2>(table + COUNT / 2, place));
+    }
+  }
+
+  // Up to 128 candidates in the order of the index -> (key desc, index asc), in registers. What is sorted are keys, of BITS bits,
+  // with the place in the list in the lowest bits: all are different. A key of 32 bits loses its own there. Returns false where
+  // it needed them: keys that differ in these alone then stand in the order of the index.
+  static constexpr int64_t sorts = 128;
   template <int BITS> static bool sort(const int32_t* keys, const int32_t* indices, int64_t n,
                                        int32_t* sorted_keys, int32_t* sorted_indices) {
-    constexpr int shift = BITS == 32 ? 0 : 5;
+    return n <= 32   ? sort_in<2, BITS>(keys, indices, n, sorted_keys, sorted_indices)
+           : n <= 64 ? sort_in<4, BITS>(keys, indices, n, sorted_keys, sorted_indices)
+                     : sort_in<8, BITS>(keys, indices, n, sorted_keys, sorted_indices);
+  }
+  template <int COUNT, int BITS> static bool sort_in(const int32_t* keys, const int32_t* indices,
+                                                     int64_t n, int32_t* sorted_keys,
+                                                     int32_t* sorted_indices) {
+    constexpr int places = 16 * COUNT, shift = BITS == 32 ? 0 : COUNT == 2 ? 5 : COUNT == 4 ? 6 : 7;
     const Register lowest = broadcast(std::numeric_limits<int32_t>::min() >> shift);
-    const Register last = broadcast(31);
-    const auto lanes = first_lanes(n);
-    const auto a = _mm512_mask_loadu_epi32(lowest, static_cast<__mmask16>(lanes), keys);
-    const auto b = _mm512_mask_loadu_epi32(lowest, static_cast<__mmask16>(lanes >> 16), keys + 16);
+    const Register last = broadcast(places - 1);
     const Register backwards =
-        _mm512_set_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
-    const auto packed = [&](Register key, Register rest) {  // (key & ~31) | rest
-      return _mm512_ternarylogic_epi32(_mm512_slli_epi32(key, shift), last, rest, 0xba);
-    };
-    // one descending, the other ascending: side by side they are bitonic
-    const Register x = sort_lanes<0>(packed(a, backwards));
-    const Register y = sort_lanes<0xffff>(packed(b, add(backwards, broadcast(-16))));
-    const auto place = [&](Register z) { return _mm512_andnot_si512(z, last); };
-    const Register first = place(merge_descending(max(x, y)));
-    const Register second = place(merge_descending(min(x, y)));
-    const Register c = _mm512_permutex2var_epi32(a, first, b);
-    const Register d = _mm512_permutex2var_epi32(a, second, b);
-    store(sorted_keys, c);
-    store(sorted_keys + 16, d);
-    const Register i = load(indices), j = load(indices + 16);
-    store(sorted_indices, _mm512_permutex2var_epi32(i, first, j));
-    store(sorted_indices + 16, _mm512_permutex2var_epi32(i, second, j));
-    return (_mm512_cmplt_epi32_mask(c, _mm512_alignr_epi32(d, c, 1)) |
-            _mm512_cmplt_epi32_mask(d, _mm512_alignr_epi32(lowest, d, 1))) == 0;
+        _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    Register own[COUNT], all[COUNT], z[COUNT], sorted[COUNT + 1];
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) {
+      const auto lanes =
+          static_cast<__mmask16>(first_lanes(std::clamp<int64_t>(n - 16 * i, 0, 16)));
+      own[i] = _mm512_mask_loadu_epi32(lowest, lanes, keys + 16 * i);
+      const Register rest = add(backwards, broadcast(places - 16 - 16 * i));
+      // (key & ~last) | rest
+      z[i] = _mm512_ternarylogic_epi32(_mm512_slli_epi32(own[i], shift), last, rest, 0xba);
+      z[i] = i % 2 == 1 ? sort_lanes<0xffff>(z[i]) : sort_lanes<0>(z[i]);
+      all[i] = load(indices + 16 * i);
+    }
+    merge<1>(z);
+    if constexpr (COUNT > 2) merge<2>(z);
+    if constexpr (COUNT > 4) merge<4>(z);
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) {
+      const Register place = _mm512_andnot_si512(z[i], last);
+      sorted[i] = at_places<COUNT>(own, place);
+      store(sorted_keys + 16 * i, sorted[i]);
+      store(sorted_indices + 16 * i, at_places<COUNT>(all, place));
+    }
+    sorted[COUNT] = lowest;
+    __mmask16 rising = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i)
+      rising |=
+          _mm512_cmplt_epi32_mask(sorted[i], _mm512_alignr_epi32(sorted[i + 1], sorted[i], 1));
+    return rising == 0;
   }
 };
 template <> struct Vector<int64_t> : Vector512 {
