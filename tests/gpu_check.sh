@@ -131,7 +131,7 @@ prove() {
   [ "$mode" = full ] && sizes="129x128 or 4096x1 or 4096x100 or 5001x1024 or $sizes"
   cases="(test_sizes and ($sizes)) or (test_layouts and misaligned) or (test_few_long_rows and (bfloat16 or float64)) or test_delta or test_sums_of_weighted_rows"
   cases="$cases or (test_many_short_rows and bfloat16) or test_dslopes or (test_tables and 1025)"
-  short_rows="test_rows_of_a_warp and bfloat16"
+  short_rows="test_rows_of_a_warp and (triton or bfloat16)"
   [ "$mode" = full ] && short_rows="test_rows_of_a_warp"
   cases="$cases or ($short_rows) or test_lists_of_any_length or test_the_same_bits_again or (test_values and 16385-weight)"
   tools=(memcheck racecheck synccheck)

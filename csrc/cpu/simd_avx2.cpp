@@ -40,6 +40,7 @@ static constexpr struct LanesOfMask {
 struct Vector256 {
   using Register = __m256i;
   static constexpr int64_t sorts = 0;
+  static constexpr bool loads_first = false;
   static Register load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store(void* p, Register a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
   static Register both(Register a, Register b) { return _mm256_and_si256(a, b); }
@@ -63,7 +64,7 @@ struct Vector256 {
 
 template <> struct Vector<int16_t> : Vector256 {
   static constexpr int lanes = 16;
-  static constexpr bool compresses = true, loads_first = false;
+  static constexpr bool compresses = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
     const auto half = static_cast<uint32_t>(mask);
     const int n =
@@ -95,7 +96,7 @@ template <> struct Vector<int16_t> : Vector256 {
 };
 template <> struct Vector<int32_t> : Vector256 {
   static constexpr int lanes = 8;
-  static constexpr bool compresses = true, loads_first = false;
+  static constexpr bool compresses = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
     return compress8(out, indices, keys, static_cast<uint32_t>(mask), index);
   }
@@ -124,7 +125,7 @@ template <> struct Vector<int32_t> : Vector256 {
 };
 template <> struct Vector<int64_t> : Vector256 {
   static constexpr int lanes = 4;
-  static constexpr bool compresses = false, loads_first = false;
+  static constexpr bool compresses = false;
   static Register add(Register a, Register b) { return _mm256_add_epi64(a, b); }
   static Register count_greater(Register n, Register a, Register b) {
     return _mm256_sub_epi64(n, _mm256_cmpgt_epi64(a, b));

@@ -37,6 +37,7 @@ template <class Key> struct Vector;
 struct Vector512 {
   using Register = __m512i;
   static constexpr int64_t sorts = 0;
+  static constexpr bool loads_first = false;
   static Register load(const void* p) { return _mm512_loadu_si512(p); }
   static void store(void* p, Register a) { _mm512_storeu_si512(p, a); }
   static Register both(Register a, Register b) { return _mm512_and_si512(a, b); }
@@ -217,7 +218,7 @@ template <> struct Vector<int32_t> : Vector512 {
 };
 template <> struct Vector<int64_t> : Vector512 {
   static constexpr int lanes = 8;
-  static constexpr bool compresses = false, loads_first = false;
+  static constexpr bool compresses = false;
   static Register add(Register a, Register b) { return _mm512_add_epi64(a, b); }
   static Register count_greater(Register n, Register a, Register b) {
     return _mm512_mask_add_epi64(n, _mm512_cmpgt_epi64_mask(a, b), n, broadcast(1));

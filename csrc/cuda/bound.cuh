@@ -1,26 +1,20 @@
 // Where a list begins: a key that k classes of a row reach, and few more, so that a list has room for all that reach it.
 #pragma once
 
-#include <limits>
-
 #include "group.cuh"
 
 namespace sparse_ce::cuda {
 
-template <class Key> constexpr Key kHighest = std::numeric_limits<Key>::max();
-
 // A key that at least k of the group's keys reach: at most k + slack of them, or else the k-th largest itself. By bisection,
-// with the keys in registers; a few more to list and sort cost less than another step. The keys of a thread that has none are
-// as low as keys can be.
+// with the keys in registers; a few more to list and sort cost less than another step.
 template <class Key, int COUNT, int THREADS>
-__device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k, int slack,
-                        bool has_keys = true) {
+__device__ Key bound_of(Group<THREADS>& group, const Key (&keys)[COUNT], int k, int slack) {
   Key low = keys[0], high = keys[0];
   for (int i = 1; i < COUNT; ++i) {
     low = keys[i] < low ? keys[i] : low;
     high = keys[i] > high ? keys[i] : high;
   }
-  low = group.least(has_keys ? low : kHighest<Key>);
+  low = group.least(low);
   high = group.greatest(high);
   while (low < high) {
     // the mean rounded up; without a sign there is no overflow

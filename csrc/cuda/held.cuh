@@ -4,15 +4,15 @@
 // a row tile by tile.
 //
 //   bound    of the first tile: found among maxima, of which each lane has some. From then on, the k-th of the tiles before.
-//   collect  a bit for each class that reaches it; then a list of these bits in shared memory.
-//   sort     the classes of the list, read again, between registers, TOP at a time: first TOP, and with them, as long as more are listed, the next TOP merged.
+//   collect  a bit for each class that reaches it; then a list of these classes in shared memory.
+//   sort     those of the list, read again, between registers, TOP at a time: first TOP, and with them, as long as more are
+//            listed, the next TOP merged.
 //   finish   each lane has the classes of its ranks.
 //
 // Where more reach the bound than a list holds, the maxima of that tile raise it. What are still too many then are ties: in
 // place of the list all classes of the tile are looked at, in the order of the index.
 #pragma once
 
-#include "bound.cuh"
 #include "few.cuh"
 
 namespace sparse_ce::cuda {

@@ -168,16 +168,16 @@ template <> struct Packed<float16> {
     PTX(return __hgeu2_mask(bit_cast<__half2>(a), bit_cast<__half2>(b));)
     TWIN(return pairs_not_below(a, b);)
   }
-  TWIN(
-      static Unit half_max(Unit a, Unit b) {
-        const float x = to_float(float16{static_cast<uint16_t>(a)});
-        const float y = to_float(float16{static_cast<uint16_t>(b)});
-        return x != x || y != y ? 0x7FFF : x > y ? a : b;
-      } static Unit half_min(Unit a, Unit b) {
-        const float x = to_float(float16{static_cast<uint16_t>(a)});
-        const float y = to_float(float16{static_cast<uint16_t>(b)});
-        return y != y || x < y ? a : b;
-      })
+  TWIN(static Unit half_max(Unit a, Unit b) {
+    const float x = to_float(float16{static_cast<uint16_t>(a)});
+    const float y = to_float(float16{static_cast<uint16_t>(b)});
+    return x != x || y != y ? 0x7FFF : x > y ? a : b;
+  })
+  TWIN(static Unit half_min(Unit a, Unit b) {
+    const float x = to_float(float16{static_cast<uint16_t>(a)});
+    const float y = to_float(float16{static_cast<uint16_t>(b)});
+    return x < y || y != y ? a : b;
+  })
 };
 
 template <> struct Packed<double> {
