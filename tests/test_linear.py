@@ -118,16 +118,21 @@ WAYS = {"list": {"k": K}, "dense": {"k": None}, "full": {"k": K, "normalizer": "
 
 
 class CappedTruth:
-    """Loss and gradients of c tanh(x / c) in float64, and how far from them a result may be."""
+    """Loss and gradients of c tanh(x / c) in float64, and how far from them a result may be. `kept`
+    (N, V) are the classes with a gradient, where they are not the k largest and the target.
+    """
 
-    def __init__(self, hidden, weight, bias, target, way, cap, dloss, smoothing=0.0, cw=None):
+    def __init__(
+        self, hidden, weight, bias, target, way, cap, dloss, smoothing=0.0, cw=None, kept=None
+    ):
         h, w = (t.detach().cpu().double().reshape(-1, t.shape[-1]) for t in (hidden, weight))
         x = F.linear(h, w, bias.detach().cpu().double())
         z, y = cap * torch.tanh(x / cap), target.cpu().flatten()
         v = x.shape[-1]
-        kept = torch.zeros_like(x, dtype=torch.bool)
-        first = x.sort(dim=-1, descending=True, stable=True).indices
-        kept.scatter_(-1, first[:, : way["k"] or v], True)
+        if kept is None:
+            kept = torch.zeros_like(x, dtype=torch.bool)
+            first = x.sort(dim=-1, descending=True, stable=True).indices
+            kept.scatter_(-1, first[:, : way["k"] or v], True)
         of_all = way["k"] is None or "normalizer" in way
         lse = z.masked_fill(~(kept | of_all), -math.inf).logsumexp(-1, keepdim=True)
         p = (z - lse).exp()
@@ -161,7 +166,7 @@ class CappedTruth:
         self.error = of_layer(dg, h.abs(), w.abs())
         self.unit, self.terms = unit, {"dhidden": v, "dweight": len(h), "dbias": len(h)}
 
-    def assert_near(self, loss, found, dense, chunks, dtype):
+    def assert_near(self, loss, found, dense, chunks, dtype, shards=1):
         assert_within("loss", loss.flatten(), self.loss, self.dloss)
         for name, gradient in found.items():
             size = self.size[name]
@@ -169,6 +174,8 @@ class CappedTruth:
             if dense:  # dlogits, its product with the slope, and the sum of each chunk are rounded
                 tolerance = tolerance + (2 + chunks) * torch.finfo(dtype).eps * size
             eps = torch.finfo(gradient.dtype).eps
+            if name == "dhidden" and shards > 1:  # as in LinearTruth
+                tolerance = tolerance + shards * eps / 2 * size
             tolerance = tolerance + (self.expected[name].abs() + tolerance) * eps / 2
             assert_within(
                 name, gradient, self.expected[name].reshape(gradient.shape),

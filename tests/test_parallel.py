@@ -3,6 +3,7 @@ are GPUs, against the truth of all classes. SPEC 6.
 """
 
 import contextlib
+import itertools
 import math
 from functools import partial
 from typing import NamedTuple
@@ -16,18 +17,20 @@ from allocations import sizes_of_allocations
 from closeness import Truth, assert_within, probability_units, with_rounding
 from sparse_ce import (
     functional,
+    fused_linear_sparse_ce,
+    linear,
     parallel,
     reference,
     vocab_parallel_linear_sparse_ce,
     vocab_parallel_sparse_ce,
 )
-from test_linear import LinearTruth, gradients, layer, statistics
+from test_linear import CappedTruth, LinearTruth, gradients, layer, of_layer, statistics
 from test_tail import dense_gradient
 from torch.utils.checkpoint import checkpoint
 
 # fewer classes than are kept, more than that, many
 SIZES = {1: (67,), 2: (5, 62), 3: (5, 21, 41)}
-CLASSES, IGNORED = 67, -100
+CLASSES, IGNORED, CAP = 67, -100, 3.0
 # one class, fewer than a shard has, more than the first has, more than any has, all
 KS = (1, 4, 20, 50, CLASSES, None)
 ROWS = (3, 5)
@@ -40,10 +43,19 @@ class Case(NamedTuple):
     linear: bool = False
     backward: str = "auto"
     samples: int | None = None  # with the softmax of all classes
+    softcap: float | None = None
 
     @property
     def listed(self):
         return self.k is not None
+
+    @property
+    def test(self):
+        if not self.linear:
+            return "test_logits" if self.samples is None else "test_all_classes"
+        if self.softcap is not None and not self.samples:
+            return "test_linear_softcap"
+        return "test_linear" if self.samples is None else "test_linear_all_classes"
 
 
 def table(device):
@@ -53,7 +65,9 @@ def table(device):
     ways = [(k, False, "auto", None) for k in ks]
     ways += [(4, False, "auto", samples) for samples in (0, 6)]
     ways += [(4, True, "sparse", None), (4, True, "dense", None), (None, True, "auto", None)]
-    ways += [(4, True, way, 6) for way in ("sparse", "dense")]
+    ways += [(4, True, way, 6, cap) for way in ("sparse", "dense") for cap in (None, CAP)]
+    ways += [(4, True, way, samples, CAP) for way in ("sparse", "dense") for samples in (None, 0)]
+    ways += [(k, True, "auto", None, CAP) for k in (50, None)]
     return [Case(s.backend, dtype, *way) for s in rows for dtype in dtypes[s] for way in ways]
 
 
@@ -82,6 +96,11 @@ def upstream(shape, dtype, k):
     return [torch.randn(*shape, *more, dtype=wide) for more in ((), (), (k,) if k else (1,))]
 
 
+def capped(logits, softcap):
+    """In the dtype of the logits."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def own_classes(whole, rank, sizes, dim):
     return whole.split(sizes, dim)[rank].detach().clone().requires_grad_(whole.requires_grad)
 
@@ -103,16 +122,18 @@ def of_case(case, rank, device, sizes):
         torch.manual_seed(2)
         loss = vocab_parallel_linear_sparse_ce(
             hidden, weight, target, case.k, bias=bias, backward=case.backward,
-            chunk_bytes=4 * len(weight) * case.dtype.itemsize, **options,
+            chunk_bytes=4 * len(weight) * case.dtype.itemsize, softcap=case.softcap, **options,
         )  # fmt: skip
         outputs = {"loss": loss.detach(), **gradients(loss, a, hidden, weight, bias)}
         if case.samples is not None:
-            logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
+            logits = torch.nn.functional.linear(hidden, weight, bias).detach()
+            logits = capped(logits, case.softcap).requires_grad_()
             # an ignored row has no draw there on the CPU
             rows = (target != IGNORED) if device == "cpu" else target > -math.inf
             torch.manual_seed(2)
             of_logits = vocab_parallel_sparse_ce(logits[rows], target[rows], case.k, **options)
             (outputs["dlogits"],) = torch.autograd.grad(of_logits, logits, a[rows])
+            outputs["logits"] = logits.detach()
         return outputs
     whole, target = (t.to(device) for t in logits_and_target(case.dtype))
     logits = own_classes(whole, rank, sizes, -1).requires_grad_()
@@ -161,18 +182,14 @@ def found():
 def ids(case):
     way = f"linear-{case.backward}" if case.linear else "logits"
     way += "" if case.samples is None else f"-{case.samples} draws"
+    way += "" if case.softcap is None else "-capped"
     return f"{case.backend}-{str(case.dtype).removeprefix('torch.')}-{case.k}-{way}"
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         name = metafunc.function.__name__
-        pairs = [
-            (d, c)
-            for d in subjects.DEVICES
-            for c in table(d)
-            if c.linear == ("linear" in name) and (c.samples is None) == ("all_classes" not in name)
-        ]
+        pairs = [(d, c) for d in subjects.DEVICES for c in table(d) if c.test == name]
         metafunc.parametrize(
             "device, case", pairs, ids=[f"{ids(c)}-{d}" for d, c in pairs], scope="module"
         )
@@ -303,32 +320,59 @@ def test_all_classes(device, case, found):
 @pytest.mark.interpreter
 def test_linear_all_classes(device, case, found):
     """The draws of an output layer are those of its logits, of the same generator: its gradients
-    are the products with the gradient of the logits, whose truth is above.
+    are the products with the gradient of the logits, whose truth is above, and the slopes of a cap.
     """
     by_rank = found(device, case)
     sizes = SIZES[len(by_rank)]
-    hidden, weight, bias, target = layer(case.dtype, ROWS, True, "cpu", CLASSES)
+    hidden, weight, _, target = layer(case.dtype, ROWS, True, "cpu", CLASSES)
     target[1, 2] = IGNORED
-    a, _, _ = upstream(ROWS, case.dtype, case.k)
-    a = a.where(target != IGNORED, 0)
-    truth = LinearTruth(hidden, weight, bias, target, CLASSES, a)
+    z, of_z = (torch.cat([r[name] for r in by_rank], -1) for name in ("logits", "dlogits"))
+    truth = Truth(z, target, CLASSES)
     for of_rank in by_rank:
-        within = 2 * (truth.loss.loss_tolerance + truth.unit * truth.loss.loss.abs())
+        within = 2 * (truth.loss_tolerance + truth.unit * truth.loss.abs())
         counted = (target != IGNORED).flatten()
         loss = of_rank["loss"].flatten()
-        assert_within("loss", loss[counted], truth.loss.loss[counted], within[counted])
+        assert_within("loss", loss[counted], truth.loss[counted], within[counted])
         assert torch.equal(of_rank["dhidden"], by_rank[0]["dhidden"])
-    g = torch.cat([of_rank["dlogits"] for of_rank in by_rank], -1).double().flatten(0, 1)
-    h, w = (t.detach().double().flatten(0, -2) for t in (hidden, weight))
-    of_rows = {"dhidden": (g, w), "dweight": (g.t(), h), "dbias": (g.t(), h.new_ones(len(h), 1))}
-    for name, (left, right) in of_rows.items():
+    z, of_z, h, w = (t.detach().double().flatten(0, -2) for t in (z, of_z, hidden, weight))
+    g = of_z if case.softcap is None else of_z * (1 - (z / case.softcap).square())
+    # dlogits and the sums of chunks and of shards are rounded, where the product is dense, and
+    # float32 sums of at most 15 products; slopes below 1 have three roundings, their product one
+    eps = torch.finfo(case.dtype).eps * (2 + 4 + len(sizes))
+    eps += 3 * torch.finfo(statistics(case.dtype)).eps if case.softcap is not None else 0
+    expected, size = of_layer(g, h, w), of_layer(of_z.abs(), h.abs(), w.abs())
+    for name, of_all in expected.items():
         whole = [of_rank[name] for of_rank in by_rank]
         actual = whole[0] if name == "dhidden" else torch.cat(whole)
-        size = (left.abs() @ right.abs()).reshape(actual.shape)
-        # dlogits and the sums of chunks and of shards are rounded, where the product is dense, and
-        # float32 sums of at most 15 products
-        eps = torch.finfo(case.dtype).eps * (2 + 4 + len(sizes))
-        assert_within(name, actual, (left @ right).reshape(actual.shape), eps * size)
+        shape = actual.shape
+        assert_within(name, actual, of_all.reshape(shape), eps * size[name].reshape(shape))
+
+
+@pytest.mark.interpreter
+def test_linear_softcap(device, case, found):
+    """The list is that of what is not capped, and the gradient goes through the cap."""
+    by_rank = found(device, case)
+    sizes = SIZES[len(by_rank)]
+    hidden, weight, bias, target = layer(case.dtype, ROWS, True, "cpu", CLASSES)
+    counted = torch.ones(ROWS, dtype=torch.bool)
+    counted[1, 2] = False
+    a, _, _ = upstream(ROWS, case.dtype, case.k)
+    way, kept = {"k": case.k}, None
+    if case.samples is not None:
+        way |= {"normalizer": "full"}
+        z = torch.cat([of_rank["logits"] for of_rank in by_rank], -1).double()
+        kept = own_lists(z.flatten(0, 1), target.flatten(), case.k, sizes)
+    truth = CappedTruth(
+        hidden, weight, bias, target, way, case.softcap, a.where(counted, 0), kept=kept
+    )
+    truth.loss[~counted.flatten()] = 0
+    for of_rank in by_rank:
+        assert torch.equal(of_rank["loss"], by_rank[0]["loss"])
+        assert torch.equal(of_rank["dhidden"], by_rank[0]["dhidden"])
+    loss, dhidden = by_rank[0]["loss"], by_rank[0]["dhidden"]
+    whole = {name: torch.cat([r[name] for r in by_rank]) for name in ("dweight", "dbias")}
+    gradients = {"dhidden": dhidden, **whole}
+    truth.assert_near(loss, gradients, case.backward != "sparse", 4, case.dtype, len(by_rank))
 
 
 # What has one outcome for all backends, on the processor: a set of processes each.
@@ -420,6 +464,153 @@ def test_reductions_and_what_autograd_asks():
     on_ranks(2, _reductions)
 
 
+def _capped_supports(rank):
+    """Loss, lse and probs, and their gradients, of explicitly capped logits in float64."""
+    rows = 12
+    hidden, weight, bias, _ = layer(torch.float64, (rows,), True, "cpu", CLASSES)
+    with torch.no_grad():
+        weight *= 2  # logits of up to four caps
+    logits = torch.nn.functional.linear(hidden, weight, bias).detach()
+    # of each shard, in the list and outside of it
+    order = logits.argsort(-1, descending=True)
+    target = torch.stack([row[n % 5 * 16 + n // 5] for n, row in enumerate(order)])
+    assert 0 < (target < SHARDS[0]).sum() < rows
+    target[3] = IGNORED
+    counted = target != IGNORED
+    a, b, q = (torch.randn(rows, *more, dtype=torch.float64) for more in ((), (), (CLASSES,)))
+    for way, backward in itertools.product(WAYS[:3], ("sparse", "dense")):
+        k = way["k"] or CLASSES
+        options = {**way, "softcap": CAP, "reduction": "none", "return_support": True}
+        own_weight, own_bias = (own_classes(t, rank, SHARDS, 0) for t in (weight, bias))
+        loss, support = vocab_parallel_linear_sparse_ce(
+            hidden, own_weight, target, bias=own_bias, shard_sizes=SHARDS, backward=backward,
+            chunk_bytes=5 * len(own_weight) * 8, **options,
+        )  # fmt: skip
+        x = logits.clone().requires_grad_()
+        z = CAP * torch.tanh(x / CAP)
+        indices = reference.support_indices(logits, k)
+        kept = z.gather(-1, indices)
+        lse = (z if "normalizer" in way else kept).logsumexp(-1)
+        at_target = z.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        expected = torch.where(counted, lse - at_target, 0), lse, (kept - lse.unsqueeze(-1)).exp()
+        assert torch.equal(support.indices.long(), indices)
+        found = loss, support.lse, support.probs
+        torch.testing.assert_close(found, expected)
+        above = a, b, q[:, :k]
+        (dz,) = torch.autograd.grad(expected, z, above, retain_graph=True)
+        if "normalizer" in way:
+            dz = dz.where(own_lists(logits, target, k, SHARDS), 0)
+        (dx,) = torch.autograd.grad(z, x, dz)
+        inputs = hidden, own_weight, own_bias
+        gradients = torch.autograd.grad(found, inputs, above, retain_graph=True)
+        of_all = of_layer(dx, hidden.detach(), weight.detach())
+        torch.testing.assert_close(gradients[0], of_all["dhidden"])
+        torch.testing.assert_close(gradients[1], of_all["dweight"].split(SHARDS)[rank])
+        torch.testing.assert_close(gradients[2], of_all["dbias"].split(SHARDS)[rank])
+        if k == CLASSES:
+            continue
+        whole, of_whole = fused_linear_sparse_ce(hidden, weight, target, bias=bias, **options)
+        assert torch.equal(of_whole.indices, support.indices)
+        torch.testing.assert_close(found, (whole, of_whole.lse, of_whole.probs))
+        # of the bias alone nothing but the loss itself says that there is a second one
+        for leaf, layer_of in ((hidden, inputs[:2]), (own_bias, (hidden.data, own_weight.data))):
+            loss = vocab_parallel_linear_sparse_ce(
+                *layer_of, target, bias=own_bias, shard_sizes=SHARDS, softcap=CAP, **way
+            )
+            (again,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            with pytest.raises(RuntimeError, match="expected a first derivative only"):
+                torch.autograd.grad(again.square().sum(), leaf)
+
+
+def test_the_support_of_capped_logits():
+    on_ranks(2, _capped_supports)
+
+
+def _ties_of_the_cap(rank):
+    """Where rounding makes ties of what is capped, the kept classes are those of the logits."""
+    for dtype, shards, k in (
+        (torch.float32, SHARDS, 5),
+        (torch.bfloat16, SHARDS, 5),
+        # beyond what the list regime of one shard has
+        (torch.float32, (1500, 700), 1100),
+    ):
+        # the larger logits are in the last shard, the targets in both
+        logits = torch.linspace(-10, 50, sum(shards)).expand(4, -1).to(dtype)
+        target = torch.tensor([0, shards[0], sum(shards) - 1, sum(shards) - k - 1])
+        hidden = torch.eye(4, dtype=dtype).requires_grad_()
+        weight = logits.t().contiguous()
+        indices = reference.support_indices(logits.double(), k)
+        tied = capped(logits.float(), 2.0) == 2.0
+        assert (tied.sum(-1) > k).all() and not indices.equal(
+            reference.support_indices(capped(logits.float(), 2.0).double(), k)
+        )
+        own = own_classes(weight, rank, shards, 0)
+        options = {"softcap": 2.0, "reduction": "none"}
+        loss, support = vocab_parallel_linear_sparse_ce(
+            hidden, own, target, k, shard_sizes=shards, return_support=True, **options
+        )
+        assert torch.equal(support.indices.long(), indices)
+        whole, of_whole = fused_linear_sparse_ce(
+            hidden, weight, target, k, return_support=True, **options
+        )
+        assert torch.equal(support.indices, of_whole.indices)
+        torch.testing.assert_close(loss, whole)
+        z = capped(logits.double(), 2.0)
+        at_target = z.gather(-1, target.unsqueeze(-1))
+        exact = z.gather(-1, indices).logsumexp(-1) - at_target.squeeze(-1)
+        torch.testing.assert_close(loss.double(), exact)
+        # all that is kept is flat, and the targets outside have slopes, which err by 3 units
+        (found,) = torch.autograd.grad(loss.sum(), hidden)
+        slopes, rows = 1 - (at_target / 2).square(), weight.double()[target]
+        expected, size = -slopes * rows, weight.abs().max().double()
+        within = 3 * torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * expected.abs()
+        assert_within("dhidden", found, expected, within)
+
+
+def test_ties_of_the_cap():
+    on_ranks(2, _ties_of_the_cap)
+
+
+def _capped_rows_without_numbers(rank):
+    # as on a GPU, where ignored tokens go through the product
+    linear.rows_that_count = lambda *_: None
+    hidden, weight, bias, target = layer(torch.float32, (8,), True, "cpu", CLASSES)
+    with torch.no_grad():
+        bias[3] = bias[30] = -torch.inf  # no more than -c when it is capped
+    clean = hidden.detach().clone().requires_grad_()
+    hidden.data[2], target[2] = torch.nan, IGNORED
+    hidden.data[5, 0] = torch.nan
+    own_weight, own_bias = (own_classes(t, rank, SHARDS, 0) for t in (weight, bias))
+    counted = torch.ones(8, dtype=torch.bool)
+    counted[5] = False
+    for way, backward in itertools.product(WAYS, ("sparse", "dense")):
+        options = {**way, "softcap": CAP, "reduction": "none", "backward": backward}
+        results = []
+        for h in (hidden, clean):
+            torch.manual_seed(1)
+            loss = vocab_parallel_linear_sparse_ce(
+                h, own_weight, target, bias=own_bias, shard_sizes=SHARDS, **options
+            )
+            above = counted.float() / 8  # nothing of the row that is NaN
+            found = torch.autograd.grad(loss, (h, own_weight, own_bias), above, retain_graph=True)
+            results.append((loss.where(counted, 0), *found))
+            assert loss[2] == 0 and (found[0][2] == 0).all()
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert results[0][2].abs().sum() > 0
+        whole = fused_linear_sparse_ce(hidden, weight, target, bias=bias, **options)
+        torch.testing.assert_close(results[0][0], whole.where(counted, 0))
+        loss = vocab_parallel_linear_sparse_ce(
+            hidden, own_weight, target, bias=own_bias, shard_sizes=SHARDS, **options
+        )
+        assert loss.isnan().tolist() == (~counted).tolist() == whole.isnan().tolist()
+        (found,) = torch.autograd.grad(loss.sum(), hidden)
+        assert found[5].isnan().any() and found[counted].isfinite().all()
+
+
+def test_capped_rows_without_numbers():
+    on_ranks(2, _capped_rows_without_numbers)
+
+
 def _expectation(rank):
     """Of 64 equal rows with uniforms on a grid, a class of the tail is drawn as often as its share
     of the shard's tail says, but for one row in 64.
@@ -451,6 +642,7 @@ def test_the_expectation_of_the_gradient_is_that_of_the_dense_loss():
 
 
 def _compiled(rank):
+    capped_layer = partial(vocab_parallel_linear_sparse_ce, softcap=CAP)
     _, logits, target = float_problem(rank)
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(SHARDS[rank], 8)
     weight.requires_grad_()
@@ -460,8 +652,14 @@ def _compiled(rank):
         of_logits = torch.compile(
             lambda z, y, o=options: vocab_parallel_sparse_ce(z, y, **o), fullgraph=True
         )
-        of_hidden = torch.compile(
-            lambda h, w, y, o=options: vocab_parallel_linear_sparse_ce(h, w, y, **o), fullgraph=True
+        of_hidden, of_capped = (
+            torch.compile(
+                lambda h, w, y, o=options, c=cap: vocab_parallel_linear_sparse_ce(
+                    h, w, y, softcap=c, **o
+                ),
+                fullgraph=True,
+            )
+            for cap in (None, CAP)
         )
         with pytest.raises(IndexError, match="target: expected classes in .0, 67"):
             vocab_parallel_sparse_ce(logits, target, **options)
@@ -469,6 +667,7 @@ def _compiled(rank):
         for compiled, plain, inputs in (
             (of_logits, vocab_parallel_sparse_ce, [logits]),
             (of_hidden, vocab_parallel_linear_sparse_ce, [hidden, weight]),
+            (of_capped, capped_layer, [hidden, weight]),
         ):
             loss = compiled(*inputs, target)
             found = torch.autograd.grad(loss, inputs, above)
@@ -498,10 +697,11 @@ def _layers(rank):
     hidden, weight = torch.randn(rows, features), torch.randn(sum(shards), features)
     target = torch.randint(5000, (rows,))
     own = own_classes(weight, rank, shards, 0)
-    for way in WAYS:
+    for way, softcap in itertools.product(WAYS, (None, CAP)):
         call = partial(
             vocab_parallel_linear_sparse_ce, target=target, group=pair, shard_sizes=shards,
-            backward="auto" if way["k"] is None else "sparse", chunk_bytes=chunk, **way,
+            backward="auto" if way["k"] is None else "sparse", chunk_bytes=chunk, softcap=softcap,
+            **way,
         )  # fmt: skip
         frozen_head, frozen_trunk = hidden.clone().requires_grad_(), own.clone().requires_grad_()
         both = hidden.clone().requires_grad_(), own.clone().requires_grad_()
@@ -523,6 +723,9 @@ def _layers(rank):
             logits = torch.nn.functional.linear(hidden, own)
             torch.manual_seed(1)
             loss = call(hidden, own)
+        if way == {"k": 5} and softcap is not None:  # a list is capped in float32
+            continue
+        logits = capped(logits, softcap)
         torch.manual_seed(1)
         options = {"shard_sizes": shards, **way}
         with torch.no_grad():
@@ -653,6 +856,9 @@ def _mistakes(rank):
         ("hidden.requires_grad", lambda: vocab_parallel_linear_sparse_ce(
             torch.zeros(3, 2, requires_grad=rank == 1), weight, target, 2
         )),
+        ("softcap", lambda: vocab_parallel_linear_sparse_ce(
+            torch.zeros(3, 2), weight, target, 2, softcap=(None, 2.0)[rank]
+        )),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: expected the same on every rank, got "):
             call()
@@ -667,6 +873,9 @@ def _mistakes(rank):
             vocab_parallel_sparse_ce(torch.zeros(3, 5), target, 2, shard_sizes=wrong)
     with pytest.raises(TypeError, match="^group: expected a ProcessGroup or None, got str"):
         vocab_parallel_sparse_ce(torch.zeros(3, 5), target, 2, "all")
+    for wrong, kind in ((0.0, ValueError), (math.inf, ValueError), ("2", TypeError)):
+        with pytest.raises(kind, match="^softcap: expected"):
+            vocab_parallel_linear_sparse_ce(torch.zeros(3, 2), weight, target, 2, softcap=wrong)
     with pytest.raises(ValueError, match="^k: expected k < 5, the classes of the smallest shard"):
         vocab_parallel_sparse_ce(torch.zeros(3, 5), target, 5, normalizer="full")
     with pytest.raises(IndexError, match=r"^target: expected classes in \[0, 10\)"):
@@ -688,13 +897,14 @@ def test_without_a_process_group(arguments):
 
 @pytest.mark.parametrize("samples", [None, 0, 6], ids=str)
 @pytest.mark.parametrize("sparse", [True, False])
-def test_opcheck(subject, samples, sparse):
+@pytest.mark.parametrize("softcap", [None, CAP], ids=["", "capped"])
+def test_opcheck(subject, samples, sparse, softcap):
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
     hidden, weight, bias, target = layer(torch.float32, (5,), True, subject.device, CLASSES)
     logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
     target[:2] = torch.tensor([-3, CLASSES])  # of other shards
     uniform = torch.rand(5).to(subject.device) if samples else None
-    lists = (4, samples, torch.float32, 2, sparse, subject.backend)
+    lists = (4, samples, torch.float32, 2, softcap, sparse, subject.backend)
     for op, inputs in (
         (parallel.listed_fwd, (logits, target, uniform, 4, samples, subject.backend)),
         (parallel.listed_linear_fwd, (hidden, weight, bias, target, uniform, *lists)),

@@ -113,25 +113,23 @@ def of_chunks(
     return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
 
 
-def _slopes(z: Tensor, softcap: float) -> Tensor:
+def slopes_of(z: Tensor, softcap: float) -> Tensor:
     """dz / dx where z = softcap tanh(x / softcap)."""
     return 1 - (z / softcap).square()
 
 
-def _look_below(
-    logits: Tensor, target: Tensor, k: int, softcap: float, backend: str
+def look_below(
+    logits: Tensor, target: Tensor, indices: Tensor, softcap: float
 ) -> tuple[Tensor, ...]:
-    """`tail.look` for the softmax of the k largest alone, and the slopes of the cap, which changes
-    k + 1 numbers of a row: it is monotone.
+    """`tail.look` for the softmax of the k largest alone, which are `indices`, and the slopes of
+    the cap, which changes k + 1 numbers of a row: it is monotone.
     """
-    topk: Any = backends.implementation(backend, "topk_ce_fwd")
-    indices = topk(logits, target, None, k, 0.0)[2]
     z = tail.beside_target(logits, indices, target)
     z = softcap * torch.tanh(z.to(schema.statistics_dtype(logits.dtype)) / softcap)
     row_max = z[..., 0]
     log_sum = (z[..., :-1] - row_max.unsqueeze(-1)).exp().sum(-1).log()
     draws = indices[..., :0]
-    return indices, row_max, log_sum, torch.zeros_like(row_max), draws, z, _slopes(z, softcap)
+    return indices, row_max, log_sum, torch.zeros_like(row_max), draws, z, slopes_of(z, softcap)
 
 
 def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -166,14 +164,15 @@ def _forward(regime: str) -> Callable[..., tuple[Tensor, ...]]:
             if samples is None:
                 if softcap is None:
                     return of_logits(logits, y, class_weight, k, label_smoothing)
-                return _look_below(logits, y, k, softcap, backend)
+                indices = of_logits(logits, y, None, k, 0.0)[2]
+                return look_below(logits, y, indices, softcap)
             drawn = None if uniform is None else uniform[part]
             looked = tail.look(logits, y, drawn, k, samples, backend)
             if softcap is None:
                 return looked
             _, classes = tail.list_of(looked[0], y, looked[4], num_classes)
             z = tail.beside_target(logits, classes, y)
-            return *looked, _slopes(z.to(looked[1].dtype), softcap)
+            return *looked, slopes_of(z.to(looked[1].dtype), softcap)
 
         found = of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk, cap)
         if regime == "threshold":
@@ -273,7 +272,7 @@ def by_rows(
     return dhidden, dweight, dbias
 
 
-def _pairs(slopes: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def pairs_below(slopes: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """`ops.coefficients`, of the logits before they are capped."""
     g, classes = ops.coefficients(*arguments)
     return ops.upstream_times(g, slopes) if slopes.shape[-1] > 0 else g, classes
@@ -302,7 +301,7 @@ def _topk_backward(
     # the softmax of all by a list of tail.py, or slopes that topk_ce's backward knows nothing of
     of_pairs = indices.shape[-1] > k or slopes.shape[-1] > 0
     if sparse or of_pairs:
-        g, classes = _pairs(
+        g, classes = pairs_below(
             slopes, dloss, dlse, dprobs, target, indices, probs, class_weight, label_smoothing,
             num_classes, k,
         )  # fmt: skip
@@ -496,7 +495,7 @@ class _RowSparse(torch.autograd.Function):
         )
         found = given(gradients, needed)
         if ctx.needs_input_grad[1]:
-            g, classes = _pairs(
+            g, classes = pairs_below(
                 slopes, dloss, dlse, dprobs, target, indices, probs, class_weight,
                 label_smoothing, weight.shape[0], k,
             )  # fmt: skip

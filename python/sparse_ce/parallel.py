@@ -18,6 +18,9 @@ The softmax of all classes needs no lists: the ranks exchange the maximum and th
 shard, and the loss of the target in its own. With those of all classes threshold_ce makes the
 gradient of a shard of the dense softmax. With normalizer="full" (tail.py) it is that of the list of
 the shard, and of draws from what is not listed there; so each keeps k classes of its own.
+
+A cap of the logits (linear.py) is monotone: lists are exchanged and merged as they are, and what is
+kept of the merged row is capped. The softmax of all classes is that of capped logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -80,12 +83,18 @@ class _Plan(NamedTuple):
     k: int
     samples: int | None  # draws of a shard, where the softmax is that of all classes
     listed: bool  # otherwise the dense softmax
+    softcap: float | None
     return_support: bool
     backend: str
 
     @property
     def own_k(self) -> int:
         return min(self.k, self.shards.size)
+
+    @property
+    def softcap_of_all(self) -> float | None:
+        """What caps all logits of the shard: a list alone is capped when it is merged."""
+        return None if self.listed and self.samples is None else self.softcap
 
 
 def _shards(
@@ -111,6 +120,7 @@ def _plan(
     ignore_index: int,
     normalizer: str,
     tail_samples: int,
+    softcap: float | None,
     reduction: str,
     return_support: bool,
     backend: str,
@@ -120,6 +130,7 @@ def _plan(
     checks.ignore_index(ignore_index)
     checks.normalizer(normalizer)
     checks.tail_samples(tail_samples, normalizer)
+    checks.softcap(softcap)
     checks.reduction(reduction)
     checks.return_support(return_support)
     checks.backend(backend)
@@ -134,6 +145,7 @@ def _plan(
             "ignore_index": ignore_index,
             "normalizer": normalizer,
             "tail_samples": tail_samples,
+            "softcap": softcap,
             "reduction": reduction,
             "return_support": return_support,
             "dtype": dtype,
@@ -151,13 +163,15 @@ def _plan(
     listed = fewer or return_support
     large = listed and functional.is_large(k + 1 + (samples or 0))
     name = backends.resolve(backend, of.device.type, dtype, large)
-    return _Plan(shards, k, samples, listed, return_support, name)
+    cap = None if softcap is None else float(softcap)
+    return _Plan(shards, k, samples, listed, cap, return_support, name)
 
 
 # The list of a shard. `classes` (N, k + 1 + samples) int32 are its k largest; the target where the
 # shard has it outside of them, otherwise the first once more; and the draws. `values` are their
-# logits. Where `samples` is given, row_max, log_sum (N) are of all classes of the shard, and
-# `share` (N) is what each draw stands for, of the shard's softmax; otherwise they are empty.
+# logits, capped where a cap is given. Where `samples` is given, row_max, log_sum (N) are of all
+# classes of the shard, and `share` (N) is what each draw stands for, of the shard's softmax;
+# otherwise they are empty.
 
 
 def _listed(
@@ -190,6 +204,7 @@ def _linear_forward(
     samples: int | None,
     dtype: torch.dtype,
     chunk_rows: int,
+    softcap: float | None,
     sparse: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -197,7 +212,7 @@ def _linear_forward(
         drawn = None if uniform is None else uniform[part]
         return _listed(logits, target[part], drawn, k, samples, backend)
 
-    return linear.of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk)
+    return linear.of_chunks(hidden, weight, bias, dtype, chunk_rows, backend, of_chunk, softcap)
 
 
 def _linear_backward(
@@ -285,19 +300,23 @@ def _autograd(ctx: Any, dvalues: Tensor | None, *_: None) -> tuple[Tensor | None
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, _, _, k, _, *options, ctx.backend = inputs
-    ctx.options = k, *options
+    hidden, weight, _, _, _, k, _, dtype, chunk_rows, ctx.softcap, sparse, ctx.backend = inputs
+    ctx.options = k, dtype, chunk_rows, sparse
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], hidden, weight)
+    capped = None if ctx.softcap is None else output[0]
+    ctx.save_for_backward(output[1], hidden, weight, capped)
 
 
 def _linear_autograd(ctx: Any, dvalues: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dvalues is None:
-        return (None,) * 11
+        return (None,) * 12
+    *saved, capped = ctx.saved_tensors
+    if capped is not None:
+        dvalues = ops.upstream_times(dvalues, linear.slopes_of(capped, ctx.softcap))
     needed = list(ctx.needs_input_grad[:3])
-    found = listed_linear_bwd(dvalues, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
-    return (*linear.given(found, needed), *(None,) * 8)
+    found = listed_linear_bwd(dvalues, *saved, *ctx.options, needed, ctx.backend)
+    return (*linear.given(found, needed), *(None,) * 9)
 
 
 # the gradient of a rank's gradient would need those of the others
@@ -401,6 +420,35 @@ class _Sloped(torch.autograd.Function):
         return None, *_without_derivative((one,), (found,)), None, None
 
 
+class _Capped(torch.autograd.Function):
+    """loss, lse and probs of topk_ce of a merged row, whose k largest are `places`, capped. The
+    list operators refuse its second derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: Tensor, target: Tensor, places: Tensor, softcap: float
+    ) -> tuple[Tensor, ...]:
+        *looked, slopes = linear.look_below(row, target, places, softcap)
+        loss, lse, _, probs = tail.listed(tuple(looked), target, None, 0, 0.0, row.shape[-1])
+        probs = probs[:, : places.shape[-1]].contiguous()
+        ctx.width = row.shape[-1]
+        ctx.save_for_backward(target, places, probs, slopes)
+        return loss, lse, probs
+
+    @staticmethod
+    def backward(
+        ctx: Any, dloss: Tensor, dlse: Tensor, dprobs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        target, places, probs, slopes = ctx.saved_tensors
+        g, of_pairs = linear.pairs_below(
+            slopes, dloss, dlse, dprobs, target, places, probs, None, 0.0, ctx.width,
+            places.shape[-1],
+        )  # fmt: skip
+        drow = g.new_zeros((g.shape[0], ctx.width)).scatter_add(-1, of_pairs.long(), g)
+        return drow, None, None, None
+
+
 def _of_lists(found: tuple[Tensor, ...], target: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
     """loss, lse, indices, probs, as topk_ce_fwd of all classes; with `samples`, that is with the
     softmax of all classes, the loss alone where nobody asks for the support.
@@ -410,7 +458,12 @@ def _of_lists(found: tuple[Tensor, ...], target: Tensor, plan: _Plan) -> tuple[T
     shards, k, samples = plan.shards, plan.k, plan.samples
     if samples is None:
         row, names, place = _merged(values, classes, target, k, shards)
-        loss, lse, places, probs = ops.topk_ce_fwd(row, place, None, k, 0.0, plan.backend)
+        if plan.softcap is None:
+            loss, lse, places, probs = ops.topk_ce_fwd(row, place, None, k, 0.0, plan.backend)
+        else:
+            places = ops.topk_ce_fwd(row.detach(), place, None, k, 0.0, plan.backend)[2]
+            capped: Any = _Capped.apply
+            loss, lse, probs = capped(row, place, places, plan.softcap)
         return loss, lse, names.gather(-1, places.long()), probs
     # the target is where it stands first; the draws are none
     z, names = values.detach()[:, : k + 1], classes[:, : k + 1]
@@ -447,13 +500,12 @@ class _Dense(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: _Plan,
-        options: tuple[Any, ...],  # dtype and chunk_rows of linear.py
+        options: tuple[Any, ...],  # dtype, chunk_rows and softcap of linear.py
         target: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
         fwd = linear.threshold_linear_ce_fwd if options else ops.threshold_ce_fwd
         shards, delta = plan.shards, () if options else (1.0,)
-        options = (*options, None) if options else ()  # no softcap
         loss, _, row_max, log_sum, *cut = fwd(
             *inputs, target - shards.start, None, shards.size, *delta, 0.0, *options, plan.backend
         )
@@ -576,7 +628,7 @@ def vocab_parallel_sparse_ce(
     checks.target(target, logits)
     plan = _plan(
         logits, False, logits.dtype, logits.shape[-1], target, k, group, shard_sizes, ignore_index,
-        normalizer, tail_samples, reduction, return_support, backend,
+        normalizer, tail_samples, None, reduction, return_support, backend,
     )  # fmt: skip
     rows = functional.as_rows(logits)
     row_target = functional.as_row_target(target, rows)
@@ -603,6 +655,7 @@ def vocab_parallel_linear_sparse_ce(
     ignore_index: int = ...,
     normalizer: str = ...,
     tail_samples: int = ...,
+    softcap: float | None = ...,
     reduction: str = ...,
     return_support: Literal[False] = ...,
     backward: str = ...,
@@ -622,6 +675,7 @@ def vocab_parallel_linear_sparse_ce(
     ignore_index: int = ...,
     normalizer: str = ...,
     tail_samples: int = ...,
+    softcap: float | None = ...,
     reduction: str = ...,
     return_support: Literal[True],
     backward: str = ...,
@@ -640,6 +694,7 @@ def vocab_parallel_linear_sparse_ce(
     ignore_index: int = -100,
     normalizer: str = "topk",
     tail_samples: int = 0,
+    softcap: float | None = None,
     reduction: str = "mean",
     return_support: bool = False,
     backward: str = "auto",
@@ -658,6 +713,9 @@ def vocab_parallel_linear_sparse_ce(
         weight: (V_rank, D): the rows of this rank's classes, those of rank 0 first.
         target, k, group, shard_sizes, normalizer, tail_samples: as of ``vocab_parallel_sparse_ce``.
         bias: (V_rank,) or None.
+        softcap: as of ``fused_linear_sparse_ce``: a list is of the largest logits themselves,
+            capped in float32, here with k beyond 1024 too. All are capped, in their dtype, with
+            "full" and with k=None.
         ignore_index, reduction, return_support, backward, chunk_bytes, backend: as of
             ``fused_linear_sparse_ce``.
 
@@ -674,7 +732,7 @@ def vocab_parallel_linear_sparse_ce(
     size, dtype = weight.shape[0], linear.product_dtype(hidden)
     plan = _plan(
         hidden, True, dtype, size, target, k, group, shard_sizes, ignore_index, normalizer,
-        tail_samples, reduction, return_support, backend,
+        tail_samples, softcap, reduction, return_support, backend,
     )  # fmt: skip
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     row_target = target.reshape(-1).to(torch.int64).contiguous()
@@ -683,7 +741,8 @@ def vocab_parallel_linear_sparse_ce(
         rows, row_target = rows[kept], row_target[kept]
     shared: Any = _Shared.apply
     rows = shared(rows, plan.shards.group)
-    options = (dtype, linear.rows_of_buffer(rows, size, dtype, chunk_bytes))
+    chunk_rows = linear.rows_of_buffer(rows, size, dtype, chunk_bytes)
+    options = (dtype, chunk_rows, plan.softcap_of_all)
     layer = (rows, weight.contiguous(), bias)
     if plan.listed:
         local = row_target - plan.shards.start

@@ -297,7 +297,7 @@ COMPOSITIONS = {
     ),
     "listed_linear_fwd": (
         "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? uniform, SymInt k, "
-        "SymInt? samples, ScalarType dtype, SymInt chunk_rows, bool sparse",
+        "SymInt? samples, ScalarType dtype, SymInt chunk_rows, float? softcap, bool sparse",
         _LIST,
     ),
     "listed_linear_bwd": (
