@@ -60,6 +60,34 @@ def test_sorted_lists(isa, dtype, filler):
         assert torch.equal(indices.long(), expected)
 
 
+# Around the sizes of a block of classes, and of the runs to which blocks are merged.
+FEW_CLASSES = [
+    (1, 1), (7, 7), (9, 8), (16, 16), (17, 3), (33, 20), (64, 33), (65, 64), (100, 20), (127, 100),
+    (128, 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("filler", cases.FILLERS)
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_few_classes(isa, dtype, filler):
+    """Rows side by side, a lane of a vector for each, and those that are left over."""
+    for classes, k in FEW_CLASSES:
+        logits = cases.logits(filler, 35, classes, dtype)
+        if filler == "wide":
+            logits = logits / 2  # a loss beyond float32 is infinite
+        check(CPU, TOPK_CE, Call(logits, cases.targets(logits, k), k))
+
+
+@pytest.mark.parametrize("often", [2, 5])
+def test_few_classes_of_all_kinds(isa, often):
+    """Some of the rows side by side have logits that differ in their last bits."""
+    for classes, k in FEW_CLASSES:
+        logits = cases.logits("random", 70, classes, torch.float32)
+        logits[::often] = cases.logits("last_bits", 70, classes, torch.float32)[::often]
+        logits[1::7] = cases.logits("ties", 70, classes, torch.float32)[1::7]
+        check(CPU, TOPK_CE, Call(logits, cases.targets(logits, k), k))
+
+
 @pytest.mark.parametrize("features", [1, 33])
 @pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_sums_of_rows(isa, dtype, features):

@@ -110,6 +110,31 @@ inline float exp_nonpositive(float x) {
 }
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
+// log x for x from 1 on or NaN within 1 ulp or so, branch-free too: x = m 2^e with m from sqrt(1/2) to sqrt(2), and log m is
+// 2 artanh((m - 1) / (m + 1)), a series whose terms shrink 34 times and more.
+inline double log_from_1(double x) {
+  using F = Format<Dtype::f64>;
+  constexpr int64_t root = 0x3fe6a09e667f3bcd;  // sqrt(1/2)
+  const int64_t bits = F::bits(x);
+  const uint64_t e = static_cast<uint64_t>(bits - root) >> 52;
+  const double m = F::value(bits - static_cast<int64_t>(e << 52));
+  // a number of 2^52 and more has integers in its lowest bits
+  const double exponent = F::value(static_cast<int64_t>(e | 0x4330000000000000)) - 0x1p52;
+  const double s = (m - 1) / (m + 1), t = s * s;
+  double p = 1.0 / 19;
+  p = p * t + 1.0 / 17;
+  p = p * t + 1.0 / 15;
+  p = p * t + 1.0 / 13;
+  p = p * t + 1.0 / 11;
+  p = p * t + 1.0 / 9;
+  p = p * t + 1.0 / 7;
+  p = p * t + 1.0 / 5;
+  p = p * t + 1.0 / 3;
+  const double log_m = 2 * s + 2 * s * t * p;
+  const double log_x = exponent * 0.69314718055994531 + log_m;
+  return x < std::numeric_limits<double>::infinity() ? log_x : x;
+}
+
 // The sum of term(j) over j < width, in an order that is the same for every instruction set: kLanes partial sums, then pairs of them.
 template <class T, class Term> T sum_by_lanes(int64_t width, Term term) {
   constexpr int64_t kLanes = 32;

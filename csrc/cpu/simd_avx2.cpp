@@ -48,15 +48,14 @@ struct Vector256 {
   static int first(uint32_t mask) { return __builtin_ctz(mask); }
   static int count(uint32_t mask) { return __builtin_popcount(mask); }
 
-  // Eight keys and their indices, those of the mask side by side; -0, whose key is -1, becomes +0
+  // Eight keys and their indices, those of the mask side by side
   static int compress8(int32_t* out, int32_t* indices, Register keys, uint32_t mask,
                        int32_t index) {
-    const Register minus_zeros = _mm256_cmpeq_epi32(keys, _mm256_set1_epi32(-1));
     const Register lanes = _mm256_cvtepu8_epi32(
         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes_of_mask.lanes + (mask & 0xff))));
     const Register places =
         _mm256_add_epi32(_mm256_set1_epi32(index), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
-    store(out, _mm256_permutevar8x32_epi32(_mm256_andnot_si256(minus_zeros, keys), lanes));
+    store(out, _mm256_permutevar8x32_epi32(keys, lanes));
     store(indices, _mm256_permutevar8x32_epi32(places, lanes));
     return count(mask & 0xff);
   }
@@ -66,12 +65,16 @@ template <> struct Vector<int16_t> : Vector256 {
   static constexpr int lanes = 16;
   static constexpr bool compresses = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
+    keys = canonical(keys);
     const auto half = static_cast<uint32_t>(mask);
     const int n =
         compress8(out, indices, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(keys)), half, index);
     return n + compress8(out + n, indices + n,
                          _mm256_cvtepi16_epi32(_mm256_extracti128_si256(keys, 1)), half >> 8,
                          index + 8);
+  }
+  static Register canonical(Register keys) {
+    return _mm256_andnot_si256(_mm256_cmpeq_epi16(keys, broadcast(-1)), keys);
   }
   static Register broadcast(int16_t a) { return _mm256_set1_epi16(a); }
   static Register max(Register a, Register b) { return _mm256_max_epi16(a, b); }
@@ -98,7 +101,18 @@ template <> struct Vector<int32_t> : Vector256 {
   static constexpr int lanes = 8;
   static constexpr bool compresses = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
-    return compress8(out, indices, keys, static_cast<uint32_t>(mask), index);
+    return compress8(out, indices, canonical(keys), static_cast<uint32_t>(mask), index);
+  }
+  static constexpr int registers = 16;
+  static Register canonical(Register keys) {
+    return _mm256_andnot_si256(_mm256_cmpeq_epi32(keys, broadcast(-1)), keys);
+  }
+  static Register shift_left(Register a, int n) { return _mm256_slli_epi32(a, n); }
+  // Their lanes in turn: the lower halves, and the upper ones.
+  static void zip(Register a, Register b, Register& low, Register& high) {
+    const Register even = _mm256_unpacklo_epi32(a, b), odd = _mm256_unpackhi_epi32(a, b);
+    low = _mm256_permute2x128_si256(even, odd, 0x20);
+    high = _mm256_permute2x128_si256(even, odd, 0x31);
   }
   static Register add(Register a, Register b) { return _mm256_add_epi32(a, b); }
   static Register count_greater(Register n, Register a, Register b) {

@@ -47,12 +47,10 @@ struct Vector512 {
   static Register order(Register bits, Register sign, Register magnitude) {
     return _mm512_ternarylogic_epi64(bits, sign, magnitude, 0x78);
   }
-  // Sixteen keys and their indices, those of the mask side by side; -0, whose key is -1, becomes +0
+  // Sixteen keys and their indices, those of the mask side by side
   static int compress16(int32_t* out, int32_t* indices, Register keys, uint64_t mask,
                         int32_t index) {
     const auto lanes = static_cast<__mmask16>(mask);
-    keys = _mm512_mask_mov_epi32(keys, _mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(-1)),
-                                 _mm512_setzero_si512());
     const Register places =
         _mm512_add_epi32(_mm512_set1_epi32(index),
                          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
@@ -70,11 +68,15 @@ template <> struct Vector<int16_t> : Vector512 {
   static constexpr int lanes = 32;
   static constexpr bool compresses = true, loads_first = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
+    keys = canonical(keys);
     const int n =
         compress16(out, indices, _mm512_cvtepi16_epi32(_mm512_castsi512_si256(keys)), mask, index);
     return n + compress16(out + n, indices + n,
                           _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(keys, 1)), mask >> 16,
                           index + 16);
+  }
+  static Register canonical(Register keys) {
+    return _mm512_mask_mov_epi16(keys, _mm512_cmpeq_epi16_mask(keys, broadcast(-1)), broadcast(0));
   }
   static Register load_first(const int16_t* p, int64_t n, int16_t rest) {
     return _mm512_mask_loadu_epi16(broadcast(rest), static_cast<__mmask32>(first_lanes(n)), p);
@@ -99,10 +101,22 @@ template <> struct Vector<int32_t> : Vector512 {
   static constexpr int lanes = 16;
   static constexpr bool compresses = true, loads_first = true;
   static int compress(int32_t* out, int32_t* indices, Register keys, uint64_t mask, int32_t index) {
-    return compress16(out, indices, keys, mask, index);
+    return compress16(out, indices, canonical(keys), mask, index);
   }
   static Register load_first(const int32_t* p, int64_t n, int32_t rest) {
     return _mm512_mask_loadu_epi32(broadcast(rest), static_cast<__mmask16>(first_lanes(n)), p);
+  }
+  static Register canonical(Register keys) {
+    return _mm512_mask_mov_epi32(keys, _mm512_cmpeq_epi32_mask(keys, broadcast(-1)), broadcast(0));
+  }
+  static constexpr int registers = 32;
+  static Register shift_left(Register a, int n) { return _mm512_slli_epi32(a, n); }
+  // Their lanes in turn: the lower halves, and the upper ones.
+  static void zip(Register a, Register b, Register& low, Register& high) {
+    low = _mm512_permutex2var_epi32(
+        a, _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), b);
+    high = _mm512_permutex2var_epi32(
+        a, _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8), b);
   }
   static Register add(Register a, Register b) { return _mm512_add_epi32(a, b); }
   static Register count_greater(Register n, Register a, Register b) {

@@ -56,6 +56,22 @@ template <class Key> struct Vector {
     for (int i = 0; i < lanes; ++i) mask |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i;
     return mask;
   }
+  static constexpr int registers = 16;
+  static Register canonical(Register keys) {
+    return each([&](int i) { return keys.lane[i] == -1 ? Key{0} : keys.lane[i]; });
+  }
+  static Register shift_left(Register a, int n) {
+    return each([&](int i) { return static_cast<Key>(a.lane[i] << n); });
+  }
+  // Their lanes in turn: the lower halves, and the upper ones.
+  static void zip(Register a, Register b, Register& low, Register& high) {
+    for (int i = 0; i < lanes / 2; ++i) {
+      low.lane[2 * i] = a.lane[i];
+      low.lane[2 * i + 1] = b.lane[i];
+      high.lane[2 * i] = a.lane[lanes / 2 + i];
+      high.lane[2 * i + 1] = b.lane[lanes / 2 + i];
+    }
+  }
   static Register add(Register a, Register b) {
     return each([&](int i) { return static_cast<Key>(a.lane[i] + b.lane[i]); });
   }

@@ -11,6 +11,7 @@
 //             logits there are little more than k of them.
 //   4. sort   Candidates by (value desc, index asc): the place of one is how many others precede it.
 //   5. finish The k exponentials, for some rows at a time.
+// Rows of few classes go a shorter way, side by side: all of their classes are sorted, see columns.inl.
 // Ties can make every element a candidate: when the buffer is full it shrinks to its k best, and the cut rises above the k-th,
 // because later elements lose a tie.
 //
@@ -353,6 +354,8 @@ int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
   return n;
 }
 
+#include "columns.inl"
+
 // --- forward -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t whole_steps(int64_t n) { return (n + 15) / 16 * 16; }
@@ -368,43 +371,142 @@ struct Unchanged {
   template <class T> void differentiate(int64_t, T*, bool) const {}
 };
 
+// Of a row on its way: `maximum` of what is listed, `sum` of the exponentials, relative to it.
+template <class T, int64_t ROWS> struct Statistics {
+  T maximum[ROWS], at_target[ROWS];
+  double sum[ROWS];
+};
+
+// lse and loss of rows from `first` on. `shifted` are the listed logits less the maximum, number i of row r at
+// r * row_step + i * step.
+template <class T, int64_t ROWS> void finish(const Forward& a, int64_t first, int64_t rows,
+                                             const Statistics<T, ROWS>& of_rows, const T* shifted,
+                                             int64_t row_step, int64_t step) {
+  const int64_t k = a.k;
+  const T* weight = static_cast<const T*>(a.weight);
+  double log_sum[ROWS];
+  for (int64_t r = 0; r < rows; ++r) log_sum[r] = log_from_1(of_rows.sum[r]);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t n = first + r, y = a.target[n];
+    static_cast<T*>(a.lse)[n] = static_cast<T>(of_rows.maximum[r] + log_sum[r]);
+    double loss = std::numeric_limits<double>::quiet_NaN();
+    if (y >= 0 && y < a.logits.classes) {
+      // the maximum leaves both terms before they meet: m + log l - z_y would cancel at large offsets
+      loss = log_sum[r] - (static_cast<double>(of_rows.at_target[r]) - of_rows.maximum[r]);
+      if (weight) loss *= weight[y];
+      if (a.label_smoothing != 0) {
+        const T* z = shifted + r * row_step;
+        const double spread = sum_by_lanes<double>(k, [&](int64_t i) {
+          return (weight ? weight[a.indices[n * k + i]] : T{1}) * (log_sum[r] - z[i * step]);
+        });
+        loss = (1 - a.label_smoothing) * loss + a.label_smoothing / static_cast<double>(k) * spread;
+      }
+    }
+    static_cast<T*>(a.loss)[n] = static_cast<T>(loss);
+  }
+}
+
+// The sum of exponentials: of partial sums, of every eighth, whichever way a row takes.
+template <class Partial> double joined(Partial partial) {
+  return ((partial(0) + partial(4)) + (partial(2) + partial(6))) +
+         ((partial(1) + partial(5)) + (partial(3) + partial(7)));
+}
+
+template <Dtype D> const typename Format<D>::Key* row_of(const Forward& a, int64_t n) {
+  return static_cast<const typename Format<D>::Key*>(a.logits.data) + a.logits.start(n);
+}
+
+template <Dtype D> typename Format<D>::Statistic logit_at(const typename Format<D>::Key* row,
+                                                          int64_t classes, int64_t y) {
+  return Format<D>::value(row[std::clamp<int64_t>(y, 0, classes - 1)]);
+}
+
+// The bits of a canonical key, in the width of its column: a narrower one would split the vectors.
+template <class Key> Wide<Key> bits_of(Wide<Key> key) {
+  return key ^ (key >> (8 * sizeof(key) - 1) & std::numeric_limits<Key>::max());
+}
+
+// Rows of few classes, as many as there are lanes, from `first` on. In the bits of the result: those that it left, with NaN or with
+// keys that are equal when cut short.
+template <Dtype D> uint64_t forward_columns(const Forward& a, int64_t first) {
+  using F = Format<D>;
+  using Key = typename F::Key;
+  constexpr int64_t R = columns::kRows, room = columns::kMostClasses * R;
+  const int64_t k = a.k, count = k * R;
+  const Key* rows[R];
+  for (int64_t r = 0; r < R; ++r) rows[r] = row_of<D>(a, first + r);
+  alignas(64) int32_t z[room];
+  alignas(64) float shifted[room], exponentials[room];
+  if (!columns::sort_rows<D>(rows, a.logits.classes, k, z)) return (uint64_t{1} << R) - 1;
+  int32_t unsure[R] = {};
+  if constexpr (sizeof(Key) == 2) {
+    for (int64_t i = 0; i < count; ++i) shifted[i] = F::value(bits_of<Key>(z[i] >> 16));
+    for (int64_t i = 0; i < count; ++i) z[i] = columns::kLast - (z[i] & columns::kLast);
+  } else {
+    // keys that are equal when cut short stand in the order of the classes
+    if (k < a.logits.classes)
+      for (int64_t r = 0; r < R; ++r)
+        unsure[r] = (z[count - R + r] ^ z[count + r]) <= columns::kLast;
+    for (int64_t i = 0; i < count; ++i) z[i] = columns::kLast - (z[i] & columns::kLast);
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t i = r; i < count; i += R) shifted[i] = F::value(rows[r][z[i]]);
+    for (int64_t i = R; i < count; i += R)
+      for (int64_t r = 0; r < R; ++r) unsure[r] |= shifted[i + r - R] < shifted[i + r];
+  }
+  Statistics<float, R> of_rows;
+  std::copy_n(shifted, R, of_rows.maximum);
+  for (int64_t r = 0; r < R; ++r)
+    of_rows.at_target[r] = logit_at<D>(rows[r], a.logits.classes, a.target[first + r]);
+  for (int64_t i = 0; i < count; i += R)
+    for (int64_t r = 0; r < R; ++r) shifted[i + r] -= of_rows.maximum[r];
+  for (int64_t i = 0; i < count; ++i) exponentials[i] = exp_nonpositive(shifted[i]);
+  double partial[8][R];
+  for (int64_t i = 0; i < 8; ++i)
+    for (int64_t r = 0; r < R; ++r) partial[i][r] = i < k ? exponentials[i * R + r] : 0;
+  for (int64_t i = 8; i < k; ++i)
+    for (int64_t r = 0; r < R; ++r) partial[i % 8][r] += exponentials[i * R + r];
+  float share[R];
+  for (int64_t r = 0; r < R; ++r) {
+    of_rows.sum[r] = joined([&](int i) { return partial[i][r]; });
+    share[r] = static_cast<float>(1 / of_rows.sum[r]);
+  }
+  for (int64_t i = 0; i < count; i += R)
+    for (int64_t r = 0; r < R; ++r) exponentials[i + r] *= share[r];
+  columns::to_rows(z, k, a.indices + first * k);
+  columns::to_rows(exponentials, k, static_cast<float*>(a.probs) + first * k);
+  finish<float, R>(a, first, R, of_rows, shifted, 1, R);
+  uint64_t left = 0;
+  for (int64_t r = 0; r < R; ++r) left |= static_cast<uint64_t>(unsure[r] != 0) << r;
+  return left;
+}
+
 template <Dtype D, class Curve>
 void forward_rows(const Forward& a, int64_t begin, int64_t end, Curve f) {
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
   const int64_t k = a.k, classes = a.logits.classes;
-  const T* weight = static_cast<const T*>(a.weight);
-  const auto row = [&](int64_t n) {
-    return static_cast<const Key*>(a.logits.data) + a.logits.start(n);
-  };
   Scratch<Key> scratch(classes, k);
   // Rows are finished some at a time: long loops over whole steps, which have no remainder to run one by one.
-  const int64_t steps = whole_steps(k), block = std::max<int64_t>(1, 512 / steps);
-  std::vector<T> shifted(block * steps), exponentials(block * steps), maxima(block),
-      at_target(block);
-  std::vector<double> sums(block);
-  for (int64_t first = begin; first < end; first += block) {
-    const int64_t rows = std::min(block, end - first);
+  constexpr int64_t kMostRows = 32;
+  const int64_t steps = whole_steps(k), block = std::max<int64_t>(1, 16 * kMostRows / steps);
+  std::vector<T> shifted(block * steps), exponentials(block * steps);
+  Statistics<T, kMostRows> of_rows;
+  const auto some = [&](int64_t first, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
-      const Key* x = row(first + r);
+      const Key* x = row_of<D>(a, first + r);
       const int64_t found = scratch.group == 8   ? collect<D, 8>(x, classes, scratch)
                             : scratch.group == 4 ? collect<D, 4>(x, classes, scratch)
                                                  : collect<D, 1>(x, classes, scratch);
-      at_target[r] = F::value(x[std::clamp<int64_t>(a.target[first + r], 0, classes - 1)]);
-      f.expect(at_target[r]);
+      of_rows.at_target[r] = logit_at<D>(x, classes, a.target[first + r]);
+      f.expect(of_rows.at_target[r]);
       sort_candidates(scratch, found);
       std::copy_n(scratch.sorted_indices.data(), k, a.indices + (first + r) * k);
-      const auto value = [&](int64_t i) {
-        // bits of the key's order, in the width of the column: a narrower one would split the vectors
-        const Wide<Key> key = scratch.sorted_keys[i];
-        return F::value(key ^ (key >> (8 * sizeof(key) - 1) & std::numeric_limits<Key>::max()));
-      };
       T* out = shifted.data() + r * steps;
-      for (int64_t i = 0; i < steps; ++i) out[i] = value(i);
-      f.apply(first + r, out, steps, at_target[r]);
-      const T row_max = maxima[r] = out[0];
-      for (int64_t i = 0; i < steps; ++i) out[i] -= row_max;
+      for (int64_t i = 0; i < steps; ++i) out[i] = F::value(bits_of<Key>(scratch.sorted_keys[i]));
+      f.apply(first + r, out, steps, of_rows.at_target[r]);
+      const T maximum = of_rows.maximum[r] = out[0];
+      for (int64_t i = 0; i < steps; ++i) out[i] -= maximum;
       for (int64_t i = k; i < steps; ++i) out[i] = -std::numeric_limits<T>::infinity();
     }
     for (int64_t i = 0; i < rows * steps; ++i) exponentials[i] = exp_nonpositive(shifted[i]);
@@ -413,34 +515,23 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, Curve f) {
       double partial[8] = {};
       for (int64_t i = 0; i < steps; i += 8)
         for (int64_t j = 0; j < 8; ++j) partial[j] += e[i + j];
-      sums[r] = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
-                ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+      of_rows.sum[r] = joined([&](int i) { return partial[i]; });
+      const T share = static_cast<T>(1 / of_rows.sum[r]);
+      T* probs = static_cast<T*>(a.probs) + (first + r) * k;
+      for (int64_t i = 0; i < k; ++i) probs[i] = e[i] * share;
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t n = first + r, y = a.target[n];
-      const T share = static_cast<T>(1 / sums[r]);
-      T* probs = static_cast<T*>(a.probs) + n * k;
-      for (int64_t i = 0; i < k; ++i) probs[i] = exponentials[r * steps + i] * share;
-      const double log_sum = std::log(sums[r]);
-      static_cast<T*>(a.lse)[n] = static_cast<T>(maxima[r] + log_sum);
-
-      double loss = std::numeric_limits<double>::quiet_NaN();
-      if (y >= 0 && y < classes) {
-        // the maximum leaves both terms before they meet: m + log l - z_y would cancel at large offsets
-        loss = log_sum - (static_cast<double>(at_target[r]) - maxima[r]);
-        if (weight) loss *= weight[y];
-        if (a.label_smoothing != 0) {
-          const double spread = sum_by_lanes<double>(k, [&](int64_t i) {
-            return (weight ? weight[a.indices[n * k + i]] : T{1}) *
-                   (log_sum - shifted[r * steps + i]);
-          });
-          loss =
-              (1 - a.label_smoothing) * loss + a.label_smoothing / static_cast<double>(k) * spread;
-        }
-      }
-      static_cast<T*>(a.loss)[n] = static_cast<T>(loss);
+    finish(a, first, rows, of_rows, shifted.data(), steps, 1);
+  };
+  if constexpr (sizeof(Key) < 8 && std::is_same_v<Curve, Unchanged>) {
+    constexpr int64_t R = columns::kRows;
+    bool useful = classes <= columns::kMostClasses;  // until it leaves most rows
+    for (; useful && begin + R <= end; begin += R) {
+      uint64_t left = forward_columns<D>(a, begin);
+      useful = Vector<Key>::count(left) <= R / 2;
+      for (; left != 0; left &= left - 1) some(begin + Vector<Key>::first(left), 1);
     }
   }
+  for (; begin < end; begin += block) some(begin, std::min(block, end - begin));
 }
 
 // --- backward ------------------------------------------------------------------------------------------------------
