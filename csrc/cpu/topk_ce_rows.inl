@@ -526,6 +526,11 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, Curve f) {
     constexpr int64_t R = columns::kRows;
     bool useful = classes <= columns::kMostClasses;  // until it leaves most rows
     for (; useful && begin + R <= end; begin += R) {
+      // the next rows are on their way meanwhile: a processor does not foresee them, as each is read by a vector at a time
+      for (int64_t n = begin + R; n < std::min(begin + 2 * R, end); ++n) {
+        const Key* x = row_of<D>(a, n);
+        for (int64_t i = 0; i < classes; i += 64 / sizeof(Key)) __builtin_prefetch(x + i);
+      }
       uint64_t left = forward_columns<D>(a, begin);
       useful = Vector<Key>::count(left) <= R / 2;
       for (; left != 0; left &= left - 1) some(begin + Vector<Key>::first(left), 1);
