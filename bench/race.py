@@ -299,6 +299,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     packages = ("torch", "triton", "sparse_ce", "liger_kernel", "quack-kernels")
+    has_kernels = backends.unavailable("cpu") is None
     found = {
         "date": date.today().isoformat(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -310,6 +311,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": about.get("model name", platform.machine()),
         "cores": os.cpu_count(),
         "instruction_sets": [name for name in sets if name in flags],
+        # what each may use of them: SPARSE_CE_CPU_ISA, ATEN_CPU_CAPABILITY
+        "used": {
+            "sparse_ce": torch.ops.sparse_ce_native.cpu_isa() if has_kernels else None,
+            "torch": torch.backends.cpu.get_cpu_capability(),
+        },
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
     }

@@ -207,6 +207,7 @@ def test_a_run_writes_results_and_a_picture(tmp_path):
     assert about["versions"]["torch"] == torch.__version__
     assert about["device"] == "cpu" and about["threads"] == torch.get_num_threads() == 2
     assert about.keys() >= {"cpu", "instruction_sets", "load_average", "commit", "python"}
+    assert about["used"]["torch"] == torch.backends.cpu.get_cpu_capability()
     for result, dtype in zip(written["results"], (torch.bfloat16, torch.float32), strict=True):
         shape = {"rows": 64, "classes": 300, "k": 4, "grow": True}
         assert result["problem"] == {**shape, "dtype": str(dtype)[6:], "data": "ties"}
