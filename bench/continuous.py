@@ -204,9 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments("bench.continuous", __doc__)
     parser.add_argument("--shape", nargs=4, type=int, metavar=("N", "HIDDEN", "V", "D"))
     options = parser.parse_args(argv)
+    names = chosen(parser, options.provider, PROVIDERS)
     report = Report("continuous", options)
     problem = Problem(*options.shape) if options.shape else Problem()
-    names = [name for name in PROVIDERS if chosen(name, options.provider)]
     report.add(measure(problem, report.device, names, options.repeats or 3))
     display(report.results[-1])
     return report.exit_status()

@@ -329,12 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=20, help="after which a provider sits out")
     add("--break-even", action="store_true")
     options = parser.parse_args(argv)
+    names = chosen(parser, options.provider, (p.name for p in PROVIDERS))
     report = Report("break-even" if options.break_even else "linear", options)
     device = report.device
     rounds = options.repeats or (7 if device.type == "cpu" else GPU_ROUNDS)
     table = BREAK_EVEN if options.break_even else FLOOR
     problems = [Problem(*shape) for shape in options.shape or ()] or table[device.type]
-    providers = [p for p in PROVIDERS if chosen(p.name, options.provider)]
+    providers = [p for p in PROVIDERS if p.name in names]
     for problem, dtype in product(problems, options.dtype):
         if options.break_even:
             backend = backends.resolve("auto", device.type, DTYPES[dtype], False)

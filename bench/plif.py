@@ -212,11 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--shape", nargs=4, type=int, action="append", metavar=("N", "V", "K", "CELLS"))
     add("--seconds", type=float, default=20, help="after which a provider sits out")
     options = parser.parse_args(argv)
+    names = chosen(parser, options.provider, PROVIDERS)
     report = Report("plif", options)
     device = report.device
     rounds = options.repeats or (15 if device.type == "cpu" else GPU_ROUNDS)
     problems = [Problem(*shape) for shape in options.shape or ()] or GOALS[device.type]
-    names = [name for name in PROVIDERS if chosen(name, options.provider)]
     for problem, name in product(problems, options.dtype):
         report.add(measure(problem, DTYPES[name], device, names, rounds, options.seconds))
         display(report.results[-1])

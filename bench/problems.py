@@ -181,5 +181,15 @@ SUITES = {
         seconds=10,
         skip=_OTHERS,
     ),
+    # what a call costs where there is little to do
+    "small": Suite(
+        tuple(
+            Problem(rows, classes, 20, grow=False)
+            for rows, classes in ((256, 100), (256, 1000), (32, 32000), (8, 128256))
+        ),
+        rounds=200,
+        seconds=10,
+        skip=(*_OTHERS, "composition.compiled"),
+    ),
     "full": Suite(tuple(dict.fromkeys(FLOOR + SWEEPS)), rounds=15, seconds=10, skip=_OTHERS),
 }

@@ -342,8 +342,16 @@ def arguments(program: str, about: str, dtypes: Sequence[str] = ()) -> argparse.
     return parser
 
 
-def chosen(name: str, parts: Sequence[str] | None) -> bool:
-    return not parts or any(f".{name}".endswith(f".{part}") for part in parts)
+def chosen(
+    parser: argparse.ArgumentParser, parts: Sequence[str] | None, of: Iterable[str]
+) -> list[str]:
+    """Those that --provider names by a part, or all; a part that names nobody is an error."""
+    names = list(of)
+    found = {part: [n for n in names if f".{n}".endswith(f".{part}")] for part in parts or ()}
+    for part, those in found.items():
+        if not those:
+            parser.error(f"--provider: expected some of {', '.join(names)}, got {part}")
+    return [name for name in names if not parts or any(name in those for those in found.values())]
 
 
 class Report:

@@ -180,6 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--backend", choices=backends.NAMES, help="of ours only this one")
     add("--list", action="store_true", help="suites and providers, then stop")
     options = parser.parse_args(argv)
+    names = chosen(parser, options.provider, (provider.name for provider in PROVIDERS))
+    for rows, classes, k in options.shape or ():
+        if not (rows >= 1 and 1 <= k < classes):
+            parser.error(f"--shape: expected N >= 1 and 1 <= K < V, got {rows} {classes} {k}")
     device, suite = torch.device(options.device), SUITES[options.suite]
     if options.list:
         for name, listed in SUITES.items():
@@ -194,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.backend and provider.ours and provider.name.split(".")[1] != options.backend:
             return False
         left_out = not options.provider and provider.name in suite.skip
-        return chosen(provider.name, options.provider) and not left_out
+        return provider.name in names and not left_out
 
     providers = [provider for provider in PROVIDERS if takes_part(provider)]
     problems = [Problem(*shape) for shape in options.shape or ()] or suite.problems

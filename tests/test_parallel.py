@@ -5,6 +5,8 @@ are GPUs, against the truth of all classes. SPEC 6.
 import contextlib
 import itertools
 import math
+import subprocess
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -893,6 +895,23 @@ def test_without_a_process_group(arguments):
     call = vocab_parallel_sparse_ce if len(arguments) == 1 else vocab_parallel_linear_sparse_ce
     with pytest.raises(RuntimeError, match="^group: expected torch.distributed to be initialised"):
         call(*arguments, torch.zeros(2, dtype=torch.int64), 2)
+
+
+def test_without_numpy(tmp_path):
+    """Without which torch has no all_gather_object."""
+    program = f"""
+import sys
+sys.modules["numpy"] = None
+import torch
+from sparse_ce import vocab_parallel_sparse_ce
+torch.distributed.init_process_group("gloo", "file://{tmp_path}/ranks", rank=0, world_size=1)
+print(vocab_parallel_sparse_ce(torch.zeros(2, 4), torch.tensor([0, 3]), 2).item())
+torch.distributed.destroy_process_group()
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("samples", [None, 0, 6], ids=str)

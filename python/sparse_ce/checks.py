@@ -261,7 +261,8 @@ def process_group(value: Any) -> None:
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
             "group: expected torch.distributed to be initialised, got a process without it; call "
-            "torch.distributed.init_process_group, or fused_sparse_ce where there is one rank"
+            "torch.distributed.init_process_group, or the function without vocab_parallel_ in its "
+            "name where there is one rank"
         )
     elsewhere = value == distributed.GroupMember.NON_GROUP_MEMBER
     if value is not None and not (elsewhere or isinstance(value, distributed.ProcessGroup)):
@@ -335,8 +336,10 @@ def softcap(value: float | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"softcap: expected a float or None, got {_kind(value)}")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"softcap: expected 0 < softcap < inf, got {value}")
+    # beyond it the arithmetic of all but float64 would see 0 or infinity
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not least <= value <= most:
+        raise ValueError(f"softcap: expected {least:.2g} <= softcap <= {most:.2g}, got {value}")
 
 
 def chunk_bytes(value: int | None) -> None:
@@ -421,7 +424,7 @@ def labels(
         if given is not default and given != default:
             raise ValueError(
                 f"{name}: expected {default!r} where target has the shape of logits, several "
-                f"labels per row, got {given!r}"
+                f"labels per row, got {_kind(given) if isinstance(given, Tensor) else repr(given)}"
             )
 
 

@@ -23,6 +23,7 @@ A cap of the logits (linear.py) is monotone: lists are exchanged and merged as t
 kept of the merged row is capped. The softmax of all classes is that of capped logits.
 """
 
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -72,6 +73,14 @@ class _Shards(NamedTuple):
         ranks = len(self.sizes)
         found: Tensor = _wait(gather(mine.contiguous(), ranks, self.group))
         return found.view(ranks, *mine.shape)
+
+    def gathered_objects(self, mine: Any, device: torch.device) -> list[Any]:
+        """all_gather_object of torch.distributed, which needs numpy."""
+        data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8).to(device)
+        lengths = self.gathered(torch.tensor([len(data)], device=device)).flatten().tolist()
+        padded = torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
+        of_ranks = zip(self.gathered(padded).tolist(), lengths, strict=True)
+        return [pickle.loads(bytes(numbers[:length])) for numbers, length in of_ranks]
 
 
 class _Plan(NamedTuple):
@@ -151,9 +160,7 @@ def _plan(
             "dtype": dtype,
             "hidden.requires_grad": is_hidden and of.requires_grad,
         }
-        found: list[Any] = [None] * len(shards.sizes)
-        dist.all_gather_object(found, (classes, given), group)
-        checks.ranks(found, shards.sizes)
+        checks.ranks(shards.gathered_objects((classes, given), flat.device), shards.sizes)
     k = shards.num_classes if k is None else min(k, shards.num_classes)
     fewer = functional.is_fewer(k, shards.num_classes)
     samples = functional.samples_of(normalizer, tail_samples) if fewer else None
