@@ -78,6 +78,21 @@ def test_few_classes(isa, dtype, filler):
         check(CPU, TOPK_CE, Call(logits, cases.targets(logits, k), k))
 
 
+def test_few_classes_where_denormals_are_flushed(isa):
+    """They are no zeros to the order of a list, wherever a row stands."""
+    logits = torch.tensor([5, 9, 7, 1, 8], dtype=torch.int32).repeat(19, 1).view(torch.float32)
+    target = torch.zeros(19, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.set_flush_denormal(True)
+        indices = TOPK_CE.forward(Call(logits, target, 4), "cpu")[2]
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    assert indices.tolist() == [[1, 4, 2, 0]] * 19
+
+
 @pytest.mark.parametrize("often", [2, 5])
 def test_few_classes_of_all_kinds(isa, often):
     """Some of the rows side by side have logits that differ in their last bits."""

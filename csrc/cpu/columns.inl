@@ -9,8 +9,13 @@ using Register = V::Register;
 constexpr int kRows = V::lanes;
 constexpr int64_t kMostClasses = 128;
 constexpr int32_t kLast = kMostClasses - 1;
-constexpr int kBlock =
-    V::registers == 32 ? 16 : 8;  // so many numbers of a row are sorted in registers
+// So many numbers of a row are sorted in registers.
+constexpr int kBlock = V::registers == 32 ? 16 : 8;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+constexpr int kUpper = 0;  // which of two keys in a lane is its upper half
+#else
+constexpr int kUpper = 1;
+#endif
 
 constexpr int64_t whole_blocks(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
@@ -64,7 +69,7 @@ template <bool BITONIC> void sort_block(int32_t* z) {
 }
 
 // Columns from p on with as many from q on, or back from there, in whole blocks: the larger numbers go to p.
-inline void exchange(int32_t* p, int32_t* q, int64_t count, int step = 1) {
+inline void exchange_runs(int32_t* p, int32_t* q, int64_t count, int step = 1) {
   for (int64_t i = 0; i < count; i += 4) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -87,7 +92,7 @@ inline void merge(int32_t* z, int64_t length) {
     for (int64_t start = 0; start < power; start += 2 * distance) {
       const int64_t first = std::max(start, before), end = start + distance;
       int32_t* p = z + (first - before) * kRows;
-      if (first < end) exchange(p, p + distance * kRows, end - first);
+      if (first < end) exchange_runs(p, p + distance * kRows, end - first);
     }
   }
   for (int64_t i = 0; i < length; i += kBlock) sort_block<true>(z + i * kRows);
@@ -96,7 +101,7 @@ inline void merge(int32_t* z, int64_t length) {
 // Two runs, z and y, descending, in whole blocks -> the first `kept` of both, from z on.
 inline void merge_runs(int32_t* z, int64_t own, int32_t* y, int64_t other, int64_t kept) {
   if (own == other && kept == own + other) {
-    exchange(z, y + (own - 1) * kRows, own, -1);
+    exchange_runs(z, y + (own - 1) * kRows, own, -1);
     merge(z, own);
     return merge(y, own);
   }
@@ -141,7 +146,7 @@ inline void transpose(Register (&a)[kRows]) {
 
 // The k first columns -> rows of k numbers. Vectors are written whole where there is room: what one writes beyond its row is
 // overwritten, as the last columns go first, and the rows in their order.
-inline void to_rows(const void* columns, int64_t k, void* rows) {
+inline void write_rows(const void* columns, int64_t k, void* rows) {
   const auto* z = static_cast<const int32_t*>(columns);
   for (int64_t first = (k - 1) / kRows * kRows; first >= 0; first -= kRows) {
     auto* out = static_cast<int32_t*>(rows) + first;
@@ -166,22 +171,29 @@ template <class Key> Register with_class(Register key, int64_t index) {
                 V::broadcast(kLast - static_cast<int32_t>(index)));
 }
 
-// Rows -> columns of keys with their classes, the k largest sorted; of keys that are cut short one more. False where there is NaN.
-template <Dtype D> bool sort_rows(const typename Format<D>::Key* const (&rows)[kRows],
-                                  int64_t classes, int64_t k, int32_t* z) {
+// Rows -> columns of keys with their classes, the k largest sorted; of keys that are cut short one more. In the bits of the result:
+// rows with NaN, which are not.
+template <Dtype D> uint64_t sort_rows(const typename Format<D>::Key* const (&rows)[kRows],
+                                      int64_t classes, int64_t k, int32_t* z) {
   using Key = typename Format<D>::Key;
   using Row = Vector<Key>;
   constexpr int kParts = 4 / sizeof(Key);  // keys of a lane
   const auto magnitude = Row::broadcast(std::numeric_limits<Key>::max());
+  const auto not_a_number = Row::broadcast(static_cast<Key>(Format<D>::infinity + 1));
+  // the last vector ends with the row, and comes upon columns that are there
+  const auto start_of = [&](int64_t next) {
+    return std::max<int64_t>(0, std::min(next, classes - Row::lanes));
+  };
+  const auto bits_at = [&](int r, int64_t first) {
+    return classes < Row::lanes ? load_first<Key>(rows[r], classes, 0) : Row::load(rows[r] + first);
+  };
   auto largest = Row::broadcast(0);
   for (int64_t next = 0; next < classes; next += Row::lanes) {
-    // the last vector ends with the row, and comes upon columns that are there
-    const int64_t first = std::max<int64_t>(0, std::min(next, classes - Row::lanes));
+    const int64_t first = start_of(next);
     Register a[kRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const auto bits =
-          classes < Row::lanes ? load_first<Key>(rows[r], classes, 0) : Row::load(rows[r] + first);
+      const auto bits = bits_at(r, first);
       largest = Row::max(largest, Row::both(bits, magnitude));
       const auto keys = Row::canonical(Row::ordered(bits));
       std::memcpy(&a[r], &keys, sizeof keys);
@@ -190,20 +202,27 @@ template <Dtype D> bool sort_rows(const typename Format<D>::Key* const (&rows)[k
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const int64_t index = first + kParts * i;
-      int32_t* column = z + index * kRows;
       if constexpr (kParts == 2) {
-        V::store(column, with_class<Key>(V::shift_left(a[i], 16), index));
-        V::store(column + kRows, with_class<Key>(a[i], index + 1));
+        const int64_t upper = index + kUpper, lower = index + 1 - kUpper;
+        V::store(z + upper * kRows, with_class<Key>(a[i], upper));
+        V::store(z + lower * kRows, with_class<Key>(V::shift_left(a[i], 16), lower));
       } else {
-        V::store(column, with_class<Key>(a[i], index));
+        V::store(z + index * kRows, with_class<Key>(a[i], index));
       }
     }
   }
-  if (Row::reaches(largest, Row::broadcast(Format<D>::infinity + 1)) != 0) return false;
   const auto lowest = V::broadcast(std::numeric_limits<int32_t>::min());
   for (int64_t i = classes; i < whole_blocks(classes); ++i) V::store(z + i * kRows, lowest);
   sort(z, whole_blocks(classes), std::min(classes, k + (sizeof(Key) == 4)));
-  return true;
+  uint64_t with_nan = 0;
+  if (Row::reaches(largest, not_a_number) != 0) {
+    for (int r = 0; r < kRows; ++r)
+      for (int64_t next = 0; next < classes; next += Row::lanes) {
+        const auto of_row = Row::both(bits_at(r, start_of(next)), magnitude);
+        with_nan |= static_cast<uint64_t>(Row::reaches(of_row, not_a_number) != 0) << r;
+      }
+  }
+  return with_nan;
 }
 
 }  // namespace columns

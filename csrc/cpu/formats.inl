@@ -110,7 +110,7 @@ inline float exp_nonpositive(float x) {
 }
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
-// log x for x from 1 on or NaN within 1 ulp or so, branch-free too: x = m 2^e with m from sqrt(1/2) to sqrt(2), and log m is
+// log x for x from 1 on or NaN within 2 ulp, branch-free too: x = m 2^e with m from sqrt(1/2) to sqrt(2), and log m is
 // 2 artanh((m - 1) / (m + 1)), a series whose terms shrink 34 times and more.
 inline double log_from_1(double x) {
   using F = Format<Dtype::f64>;

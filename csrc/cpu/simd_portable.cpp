@@ -61,7 +61,9 @@ template <class Key> struct Vector {
     return each([&](int i) { return keys.lane[i] == -1 ? Key{0} : keys.lane[i]; });
   }
   static Register shift_left(Register a, int n) {
-    return each([&](int i) { return static_cast<Key>(a.lane[i] << n); });
+    return each([&](int i) {
+      return static_cast<Key>(static_cast<std::make_unsigned_t<Key>>(a.lane[i]) << n);
+    });
   }
   // Their lanes in turn: the lower halves, and the upper ones.
   static void zip(Register a, Register b, Register& low, Register& high) {

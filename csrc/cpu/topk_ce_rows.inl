@@ -435,24 +435,25 @@ template <Dtype D> uint64_t forward_columns(const Forward& a, int64_t first) {
   const int64_t k = a.k, count = k * R;
   const Key* rows[R];
   for (int64_t r = 0; r < R; ++r) rows[r] = row_of<D>(a, first + r);
-  alignas(64) int32_t z[room];
+  alignas(64) int32_t z[room], keys[room];
   alignas(64) float shifted[room], exponentials[room];
-  if (!columns::sort_rows<D>(rows, a.logits.classes, k, z)) return (uint64_t{1} << R) - 1;
+  uint64_t left = columns::sort_rows<D>(rows, a.logits.classes, k, z);
+  // keys that are equal when cut short stand in the order of the classes
   int32_t unsure[R] = {};
-  if constexpr (sizeof(Key) == 2) {
-    for (int64_t i = 0; i < count; ++i) shifted[i] = F::value(bits_of<Key>(z[i] >> 16));
-    for (int64_t i = 0; i < count; ++i) z[i] = columns::kLast - (z[i] & columns::kLast);
-  } else {
-    // keys that are equal when cut short stand in the order of the classes
-    if (k < a.logits.classes)
-      for (int64_t r = 0; r < R; ++r)
-        unsure[r] = (z[count - R + r] ^ z[count + r]) <= columns::kLast;
-    for (int64_t i = 0; i < count; ++i) z[i] = columns::kLast - (z[i] & columns::kLast);
+  if (sizeof(Key) == 4 && k < a.logits.classes)
     for (int64_t r = 0; r < R; ++r)
-      for (int64_t i = r; i < count; i += R) shifted[i] = F::value(rows[r][z[i]]);
+      unsure[r] = static_cast<uint32_t>(z[count - R + r] ^ z[count + r]) <= columns::kLast;
+  if constexpr (sizeof(Key) == 2)
+    for (int64_t i = 0; i < count; ++i) keys[i] = z[i] >> 16;
+  for (int64_t i = 0; i < count; ++i) z[i] = columns::kLast - (z[i] & columns::kLast);
+  if constexpr (sizeof(Key) == 4) {
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t i = r; i < count; i += R) keys[i] = rows[r][z[i]];
+    for (int64_t i = 0; i < count; ++i) keys[i] = canonical(ordered(keys[i]));
     for (int64_t i = R; i < count; i += R)
-      for (int64_t r = 0; r < R; ++r) unsure[r] |= shifted[i + r - R] < shifted[i + r];
+      for (int64_t r = 0; r < R; ++r) unsure[r] |= keys[i + r - R] < keys[i + r];
   }
+  for (int64_t i = 0; i < count; ++i) shifted[i] = F::value(bits_of<Key>(keys[i]));
   Statistics<float, R> of_rows;
   std::copy_n(shifted, R, of_rows.maximum);
   for (int64_t r = 0; r < R; ++r)
@@ -472,10 +473,9 @@ template <Dtype D> uint64_t forward_columns(const Forward& a, int64_t first) {
   }
   for (int64_t i = 0; i < count; i += R)
     for (int64_t r = 0; r < R; ++r) exponentials[i + r] *= share[r];
-  columns::to_rows(z, k, a.indices + first * k);
-  columns::to_rows(exponentials, k, static_cast<float*>(a.probs) + first * k);
+  columns::write_rows(z, k, a.indices + first * k);
+  columns::write_rows(exponentials, k, static_cast<float*>(a.probs) + first * k);
   finish<float, R>(a, first, R, of_rows, shifted, 1, R);
-  uint64_t left = 0;
   for (int64_t r = 0; r < R; ++r) left |= static_cast<uint64_t>(unsure[r] != 0) << r;
   return left;
 }

@@ -629,9 +629,10 @@ def fused_linear_sparse_ce(
             as there.
         softcap: a float c: the loss of ``c tanh(logits / c)``, as some models cap their logits
             (Gemma's ``final_logit_softcapping``). It does not change their order, so that a list
-            is of the largest logits themselves, capped in float32. All are capped, in their dtype
-            as models do, with "full", k=None and k beyond 1024: there rounding makes ties. The
-            ``Support`` is of what is capped.
+            is of the largest logits themselves, capped in float32. Where there is no list, with
+            k=None and k beyond 1024 without ``return_support``, and with "full" all are capped, in
+            their dtype as models do: there rounding makes ties. The ``Support`` is of what is
+            capped.
         weight_grad: "dense", or "row_sparse": a sparse COO tensor of the rows that the batch
             touched, for ``torch.optim.SparseAdam`` and very large V. Not under torch.compile.
         backward: "sparse" sums rows, "dense" multiplies matrices chunk by chunk, "auto" takes the

@@ -721,8 +721,8 @@ def vocab_parallel_linear_sparse_ce(
         target, k, group, shard_sizes, normalizer, tail_samples: as of ``vocab_parallel_sparse_ce``.
         bias: (V_rank,) or None.
         softcap: as of ``fused_linear_sparse_ce``: a list is of the largest logits themselves,
-            capped in float32, here with k beyond 1024 too. All are capped, in their dtype, with
-            "full" and with k=None.
+            capped in float32, here with k beyond 1024 too. With k=None without ``return_support``,
+            and with "full", all are capped, in their dtype.
         ignore_index, reduction, return_support, backward, chunk_bytes, backend: as of
             ``fused_linear_sparse_ce``.
 

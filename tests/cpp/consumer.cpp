@@ -3,11 +3,14 @@
 // sanitizer sees every access beyond them.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -47,19 +50,40 @@ bool close(double a, double b, double tolerance) {
          std::abs(a - b) <= tolerance * std::max(1.0, std::abs(b));
 }
 
+struct Bfloat16 {
+  uint16_t bits;
+  Bfloat16() = default;
+  explicit Bfloat16(double x) {  // cut off
+    const float narrow = static_cast<float>(x);
+    uint32_t b;
+    std::memcpy(&b, &narrow, 4);
+    bits = static_cast<uint16_t>(b >> 16);
+  }
+  operator double() const {
+    const uint32_t b = uint32_t{bits} << 16;
+    float x;
+    std::memcpy(&x, &b, 4);
+    return x;
+  }
+};
+
 template <class T> int check(const cpu::Isa& isa, int64_t classes, int64_t k, int kind) {
   // of few classes a vector's lanes of rows go together, and what is left by themselves
   const int64_t rows = classes <= 128 ? 35 : 3;
-  constexpr bool is_double = sizeof(T) == 8;
+  constexpr bool is_double = sizeof(T) == 8, is_narrow = sizeof(T) == 2;
+  using S = std::conditional_t<is_double, double, float>;
   const double tolerance = is_double ? 1e-13 : 4e-7;
-  const cpu::Dtype dtype = is_double ? cpu::Dtype::f64 : cpu::Dtype::f32;
+  const double of_gradient = is_narrow ? 0x1p-8 : 2 * tolerance;
+  const cpu::Dtype dtype = is_double   ? cpu::Dtype::f64
+                           : is_narrow ? cpu::Dtype::bf16
+                                       : cpu::Dtype::f32;
   std::mt19937 random(static_cast<unsigned>(classes * 131 + k * 7 + kind));
   const std::unique_ptr<T[]> logits(new T[rows * classes]);
   for (int64_t i = 0; i < rows * classes; ++i) logits[i] = static_cast<T>(value(random, kind));
   std::vector<int64_t> target(rows);
   for (auto& y : target) y = static_cast<int64_t>(random() % static_cast<unsigned>(classes));
-  std::vector<T> loss(rows), lse(rows), probs(rows * k), dloss(rows, T{2}),
-      dlogits(rows * classes, T{7});
+  std::vector<S> loss(rows), lse(rows), probs(rows * k), dloss(rows, S{2});
+  std::vector<T> dlogits(rows * classes, T(7.0));
   std::vector<int32_t> indices(rows * k, -1);
   const cpu::Forward forward{{logits.get(), dtype, classes, rows, 0, classes},
                              k,
@@ -93,12 +117,14 @@ template <class T> int check(const cpu::Isa& isa, int64_t classes, int64_t k, in
     wrong += !close(loss[n], std::log(sum) - (row[target[n]] - row[order[0]]), tolerance);
     wrong += !close(lse[n], std::log(sum) + row[order[0]], tolerance);
     for (int64_t i = 0; i < classes; ++i)
-      wrong += !close(dlogits[n * classes + i], gradient[i], 2 * tolerance);
+      wrong += !close(dlogits[n * classes + i], gradient[i], of_gradient);
   }
   if (wrong)
     std::printf("%s %s: classes %ld, k %ld, kind %d: %d differences\n", isa.name,
-                is_double ? "f64" : "f32", static_cast<long>(classes), static_cast<long>(k), kind,
-                wrong);
+                is_double   ? "f64"
+                : is_narrow ? "bf16"
+                            : "f32",
+                static_cast<long>(classes), static_cast<long>(k), kind, wrong);
   return wrong != 0;
 }
 
@@ -278,10 +304,11 @@ int main() {
       for (int64_t k :
            {int64_t{1}, int64_t{2}, int64_t{11}, int64_t{20}, int64_t{100}, int64_t{700}, classes})
         for (int kind = 0; kind < 6 && k <= classes; ++kind) {
-          failures += check<float>(*isa, classes, k, kind) + check<double>(*isa, classes, k, kind);
+          failures += check<float>(*isa, classes, k, kind) + check<double>(*isa, classes, k, kind) +
+                      check<Bfloat16>(*isa, classes, k, kind);
           failures += check_threshold<float>(*isa, classes, k, kind) +
                       check_threshold<double>(*isa, classes, k, kind);
-          cases += 4;
+          cases += 5;
           if (k == classes) continue;
           failures += check_tail<float>(*isa, classes, k, kind) +
                       check_tail<double>(*isa, classes, k, kind);
