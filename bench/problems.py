@@ -187,7 +187,7 @@ SUITES = {
             Problem(rows, classes, 20, grow=False)
             for rows, classes in ((256, 100), (256, 1000), (32, 32000), (8, 128256))
         ),
-        rounds=200,
+        rounds=60,
         seconds=10,
         skip=(*_OTHERS, "composition.compiled"),
     ),
