@@ -251,6 +251,7 @@ template <> struct Vector<int64_t> : Vector512 {
 // what all share
 #include "formats.inl"
 
+#include "columns.inl"
 #include "cosine_rows.inl"
 #include "labels_ce_rows.inl"
 #include "plif_rows.inl"

@@ -97,6 +97,7 @@ template <class Key> struct Vector {
 // what all share
 #include "formats.inl"
 
+#include "columns.inl"
 #include "cosine_rows.inl"
 #include "labels_ce_rows.inl"
 #include "plif_rows.inl"

@@ -11,9 +11,10 @@
 //             logits there are little more than k of them.
 //   4. sort   Candidates by (value desc, index asc): the place of one is how many others precede it.
 //   5. finish The k exponentials, for some rows at a time.
-// Rows of few classes go a shorter way, side by side: all of their classes are sorted, see columns.inl.
 // Ties can make every element a candidate: when the buffer is full it shrinks to its k best, and the cut rises above the k-th,
 // because later elements lose a tie.
+//
+// Rows of few classes, as they are, go a shorter way, side by side: all of their classes are sorted, see columns.inl.
 //
 // Backward: zeros, then at most k + 1 stores per row.
 //
@@ -353,8 +354,6 @@ int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
     take(V::ordered(V::load(vector_at(vectors[h]))), int64_t{vectors[h]} * V::lanes);
   return n;
 }
-
-#include "columns.inl"
 
 // --- forward -------------------------------------------------------------------------------------------------------
 
