@@ -53,11 +53,11 @@ class Stem:
         return self.name
 
     @property
-    def fwd(self) -> torch._ops.OpOverload:
+    def fwd(self) -> ops.Operator:
         return getattr(ops, f"{self.name}_fwd")
 
     @property
-    def bwd(self) -> torch._ops.OpOverload:
+    def bwd(self) -> ops.Operator:
         return getattr(ops, f"{self.name}_bwd")
 
     def forward(self, call: Call, backend: str) -> tuple[Tensor, ...]:

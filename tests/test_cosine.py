@@ -344,11 +344,11 @@ def test_opcheck(subject, distance, shape):
     output = torch.randn(*shape, 9, device=subject.device, requires_grad=True)
     target = torch.randint(6, VECTORS, shape, device=subject.device)
     forward = (output, target, embedding, distance == "cosine")
-    torch.library.opcheck(ops.cosine_fwd, (*forward, subject.backend))
+    torch.library.opcheck(ops.cosine_fwd.overload, (*forward, subject.backend))
     _, by_output, by_target = (t.detach() for t in ops.cosine_fwd(*forward, subject.backend))
     dloss = torch.randn(shape, device=subject.device, requires_grad=True)
     backward = (dloss, output, target, embedding, by_output, by_target)
-    torch.library.opcheck(ops.cosine_bwd, (*backward, subject.backend))
+    torch.library.opcheck(ops.cosine_bwd.overload, (*backward, subject.backend))
     if subjects.ROWS[subject.backend].modules == ("sparse_ce.native",):
         native = torch.ops.sparse_ce_native
         for op, arguments in ((native.cosine_fwd, forward), (native.cosine_bwd, backward)):

@@ -63,11 +63,11 @@ def test_opcheck(subject, stem, shape, layout, smoothing, weighted, which):
         "expanded": call.logits[:1].expand(call.logits.shape),
     }[layout]
     call = replace(call, logits=logits.detach().requires_grad_())
-    torch.library.opcheck(stem.fwd, (*stem.forward_arguments(call), subject.backend))
+    torch.library.opcheck(stem.fwd.overload, (*stem.forward_arguments(call), subject.backend))
     outputs = [output.detach() for output in stem.forward(call, subject.backend)]
     above = [d if d is None else d.requires_grad_() for d in stem.above(call, which)]
     torch.library.opcheck(
-        stem.bwd, (*stem.backward_arguments(call, outputs, above), subject.backend)
+        stem.bwd.overload, (*stem.backward_arguments(call, outputs, above), subject.backend)
     )
 
 

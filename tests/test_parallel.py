@@ -928,11 +928,11 @@ def test_opcheck(subject, samples, sparse, softcap):
         (parallel.listed_fwd, (logits, target, uniform, 4, samples, subject.backend)),
         (parallel.listed_linear_fwd, (hidden, weight, bias, target, uniform, *lists)),
     ):
-        torch.library.opcheck(op, inputs)
+        torch.library.opcheck(op.overload, inputs)
     values, classes, *_ = parallel.listed_fwd(logits, target, uniform, 4, samples, subject.backend)
     above = torch.randn_like(values).detach()
     rest = (4, CLASSES, torch.float32, subject.backend)
-    torch.library.opcheck(parallel.listed_bwd, (above, classes, *rest))
+    torch.library.opcheck(parallel.listed_bwd.overload, (above, classes, *rest))
     rest = (4, torch.float32, 2, sparse, [True] * 3, subject.backend)
     leaves = hidden.detach(), weight.detach()
-    torch.library.opcheck(parallel.listed_linear_bwd, (above, classes, *leaves, *rest))
+    torch.library.opcheck(parallel.listed_linear_bwd.overload, (above, classes, *leaves, *rest))

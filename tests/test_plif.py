@@ -813,7 +813,7 @@ def test_opcheck(subject, shape, learns):
     leaf, slope_leaf = z.clone().requires_grad_(), slopes.clone().requires_grad_(learns)
 
     def check(op, *arguments):
-        torch.library.opcheck(op, (*arguments, backend))
+        torch.library.opcheck(op.overload, (*arguments, backend))
 
     tables = (slope_leaf, offsets, 3.0)
     check(ops.plif_tables, link.w, 3.0, torch.float32)

@@ -113,10 +113,10 @@ def test_opcheck(subject, mean, weighted, shape):
     loss, target, weight = problem(subject, shape, weighted=weighted)
     loss = loss.nan_to_num().requires_grad_()
     arguments = (target, weight, -100, mean, subject.backend)
-    torch.library.opcheck(ops.reduce_fwd, (loss, *arguments))
+    torch.library.opcheck(ops.reduce_fwd.overload, (loss, *arguments))
     divisor = ops.reduce_fwd(loss, *arguments)[1]
     above = torch.tensor(3.0, device=subject.device, requires_grad=True)
-    torch.library.opcheck(ops.reduce_bwd, (above, target, divisor, -100, subject.backend))
+    torch.library.opcheck(ops.reduce_bwd.overload, (above, target, divisor, -100, subject.backend))
 
 
 @pytest.mark.float64

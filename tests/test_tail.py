@@ -493,9 +493,9 @@ def test_opcheck(subject, samples):
     uniform = torch.rand(2, 3, device=subject.device) if samples else None
     indices = logits.detach().sort(-1, descending=True).indices[..., :4].int().contiguous()
     arguments = (logits.detach(), target, indices, uniform, samples, subject.backend)
-    torch.library.opcheck(ops.tail_fwd, arguments)
+    torch.library.opcheck(ops.tail_fwd.overload, arguments)
     arguments = (logits, target, None, uniform, 4, samples, 0.1, subject.backend)
-    torch.library.opcheck(composition.tail_ce_fwd, arguments)
+    torch.library.opcheck(composition.tail_ce_fwd.overload, arguments)
 
 
 def test_modules_hold_the_options():

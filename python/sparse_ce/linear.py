@@ -368,18 +368,10 @@ def _threshold_backward(
 
 # Registration: what runs, its shapes, its derivatives.
 
-for _name, _function in (
-    ("topk_linear_ce_fwd", _forward("topk")),
-    ("topk_linear_ce_bwd", _topk_backward),
-    ("threshold_linear_ce_fwd", _forward("threshold")),
-    ("threshold_linear_ce_bwd", _threshold_backward),
-):
-    torch.library.impl(f"sparse_ce::{_name}", "CompositeExplicitAutograd")(_function)
-
-topk_linear_ce_fwd = torch.ops.sparse_ce.topk_linear_ce_fwd.default
-topk_linear_ce_bwd = torch.ops.sparse_ce.topk_linear_ce_bwd.default
-threshold_linear_ce_fwd = torch.ops.sparse_ce.threshold_linear_ce_fwd.default
-threshold_linear_ce_bwd = torch.ops.sparse_ce.threshold_linear_ce_bwd.default
+topk_linear_ce_fwd = ops.Operator("topk_linear_ce_fwd", _forward("topk"))
+topk_linear_ce_bwd = ops.Operator("topk_linear_ce_bwd", _topk_backward)
+threshold_linear_ce_fwd = ops.Operator("threshold_linear_ce_fwd", _forward("threshold"))
+threshold_linear_ce_bwd = ops.Operator("threshold_linear_ce_bwd", _threshold_backward)
 
 
 @torch.library.register_fake("sparse_ce::topk_linear_ce_fwd")
@@ -460,13 +452,10 @@ _REFUSAL = (
 )
 _no_second_derivative = ops.first_derivative_only(*_REFUSAL)
 
-for _name, _backward, _context in (
-    ("topk_linear_ce_fwd", _topk_autograd, _topk_context),
-    ("threshold_linear_ce_fwd", _threshold_autograd, _threshold_context),
-    ("topk_linear_ce_bwd", _no_second_derivative, None),
-    ("threshold_linear_ce_bwd", _no_second_derivative, None),
-):
-    ops.differentiable(_name, _backward, _context)
+topk_linear_ce_fwd.differentiable(_topk_autograd, _topk_context)
+threshold_linear_ce_fwd.differentiable(_threshold_autograd, _threshold_context)
+for _op in (topk_linear_ce_bwd, threshold_linear_ce_bwd):
+    _op.differentiable(_no_second_derivative)
 
 
 class _RowSparse(torch.autograd.Function):

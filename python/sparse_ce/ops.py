@@ -15,74 +15,113 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import backends, schema
 
 
-def _bind(op: str) -> None:
-    def dispatch(*args: Any) -> Any:
-        *inputs, backend = args
-        return backends.implementation(backend, op)(*inputs)
-
-    torch.library.impl(f"sparse_ce::{op}", "CompositeExplicitAutograd")(dispatch)
-
-
-for _op in schema.SIGNATURES:
-    _bind(_op)
-
-
 _LIBRARY = torch.library.Library("sparse_ce", "FRAGMENT")  # type: ignore[no-untyped-call]
 
+# What takes part in a call to which nobody listens.
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, torch.dtype, list))
 
-def differentiable(
-    op: str, backward: Callable[..., Any], context: Callable[..., None] | None = None
-) -> None:
-    """What torch.library.register_autograd does, `context` being its setup_context, without the
-    walk over the schema at every call: of a small forward that was the half.
 
-    Under torch.func each of its levels comes here by itself, as to the operators of torch, so that
-    the function is one of a single level. Forward mode, which would lose the derivative without a
-    word, is refused.
+def _is_heard(inputs: Sequence[Any]) -> bool:
+    """Whether anything beside autograd takes part in a call: a compiler, torch.func, forward mode,
+    a mode or a subclass of tensors, a trace, a profiler.
     """
-    overload = getattr(torch.ops.sparse_ce, op).default
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        # which runs on devices that may have listeners of their own
+        or inputs[-1] == "eager"
+        or not _PLAIN.issuperset(map(type, inputs))
+    )
 
-    def below(keys: Any, inputs: Sequence[Any]) -> Any:
+
+class Operator:
+    """The public operator `sparse_ce::<op>`, that `run` implements, or the backend that its last
+    argument names.
+
+    Where nobody but autograd listens it is called past the dispatcher of torch, through which an
+    operator in Python goes three times: that was the half of a call with little to do.
+    """
+
+    def __init__(self, op: str, run: Callable[..., Any] | None = None) -> None:
+        self.overload = getattr(torch.ops.sparse_ce, op).default
+        self._function: Any = None
+
+        def of_backend(*inputs: Any) -> Any:
+            *rest, backend = inputs
+            return backends.implementation(backend, op)(*rest)
+
+        self._run = run or of_backend
+        torch.library.impl(f"sparse_ce::{op}", "CompositeExplicitAutograd")(self._run)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if _is_heard(inputs):
+            return self.overload(*inputs)
+        return self._recorded(None, inputs)
+
+    def _recorded(self, keys: Any, inputs: Sequence[Any]) -> Any:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if recorded and self._function is not None:
+            return self._function.apply(*inputs, keys)
+        return self._below(keys, inputs)
+
+    def _below(self, keys: Any, inputs: Sequence[Any]) -> Any:
+        """Without a derivative: for whoever listens at `keys`, or for nobody where they are None."""
         with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+            if keys is None:
+                return self._run(*inputs)
+            return self.overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
-    def forward(ctx: Any, *inputs_and_keys: Any) -> Any:
-        *inputs, keys = inputs_and_keys
-        if torch._C._are_functorch_transforms_active():
-            # a function runs without derivatives, but the levels below have theirs
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                output = below(keys, inputs)
-        else:
-            output = below(keys, inputs)
-        if context is not None:
-            context(ctx, inputs, output)
-        return output
+    def differentiable(
+        self, backward: Callable[..., Any], context: Callable[..., None] | None = None
+    ) -> None:
+        """What torch.library.register_autograd does, `context` being its setup_context, without the
+        walk over the schema at every call.
 
-    def derivative(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        return *backward(ctx, *upstream), None
+        Under torch.func each of its levels comes here by itself, as to the operators of torch, so
+        that the function is one of a single level. Forward mode, which would lose the derivative
+        without a word, is refused.
+        """
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
-    function: Any = type(op, (torch.autograd.function._SingleLevelFunction,), methods)
+        def forward(ctx: Any, *inputs_and_keys: Any) -> Any:
+            *inputs, keys = inputs_and_keys
+            if torch._C._are_functorch_transforms_active():
+                # a function runs without derivatives, but the levels below have theirs
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    output = self._below(keys, inputs)
+            else:
+                output = self._below(keys, inputs)
+            if context is not None:
+                context(ctx, inputs, output)
+            return output
 
-    def autograd(keys: Any, *inputs: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(inputs)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-            return below(keys, inputs)
-        if torch._C._are_functorch_transforms_active():
+        def derivative(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+            return *backward(ctx, *upstream), None
+
+        def autograd(keys: Any, *inputs: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(inputs)
+            if not torch._C._are_functorch_transforms_active():
+                return self._recorded(keys, inputs)
             from torch._functorch import utils as torch_func
 
             with torch_func.enable_single_level_autograd_function():
-                return function.apply(*inputs, keys)
-        return function.apply(*inputs, keys)
+                return self._recorded(keys, inputs)
 
-    _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+        op = self.overload._opname
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+        self._function = type(op, (torch.autograd.function._SingleLevelFunction,), methods)
+        _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def first_derivative_only(what: str, instead: str = "") -> Callable[..., NoReturn]:
@@ -131,28 +170,29 @@ def _refuse_tangents(inputs: Sequence[Any]) -> None:
             )
 
 
-tail_fwd = torch.ops.sparse_ce.tail_fwd.default
-topk_ce_fwd = torch.ops.sparse_ce.topk_ce_fwd.default
-topk_ce_bwd = torch.ops.sparse_ce.topk_ce_bwd.default
-threshold_ce_fwd = torch.ops.sparse_ce.threshold_ce_fwd.default
-threshold_ce_bwd = torch.ops.sparse_ce.threshold_ce_bwd.default
-labels_ce_fwd = torch.ops.sparse_ce.labels_ce_fwd.default
-labels_ce_bwd = torch.ops.sparse_ce.labels_ce_bwd.default
-plif_tables = torch.ops.sparse_ce.plif_tables.default
-plif_scale = torch.ops.sparse_ce.plif_scale.default
-plif_dslopes = torch.ops.sparse_ce.plif_dslopes.default
-plif_fwd = torch.ops.sparse_ce.plif_fwd.default
-plif_bwd = torch.ops.sparse_ce.plif_bwd.default
-plif_ce_fwd = torch.ops.sparse_ce.plif_ce_fwd.default
-plif_ce_bwd = torch.ops.sparse_ce.plif_ce_bwd.default
-plif_topk_ce_fwd = torch.ops.sparse_ce.plif_topk_ce_fwd.default
-plif_topk_ce_bwd = torch.ops.sparse_ce.plif_topk_ce_bwd.default
-sparse_linear_dhidden = torch.ops.sparse_ce.sparse_linear_dhidden.default
-sparse_linear_dweight = torch.ops.sparse_ce.sparse_linear_dweight.default
-reduce_fwd = torch.ops.sparse_ce.reduce_fwd.default
-reduce_bwd = torch.ops.sparse_ce.reduce_bwd.default
-cosine_fwd = torch.ops.sparse_ce.cosine_fwd.default
-cosine_bwd = torch.ops.sparse_ce.cosine_bwd.default
+topk_ce_fwd = Operator("topk_ce_fwd")
+topk_ce_bwd = Operator("topk_ce_bwd")
+threshold_ce_fwd = Operator("threshold_ce_fwd")
+threshold_ce_bwd = Operator("threshold_ce_bwd")
+tail_fwd = Operator("tail_fwd")
+labels_ce_fwd = Operator("labels_ce_fwd")
+labels_ce_bwd = Operator("labels_ce_bwd")
+plif_tables = Operator("plif_tables")
+plif_scale = Operator("plif_scale")
+plif_dslopes = Operator("plif_dslopes")
+plif_fwd = Operator("plif_fwd")
+plif_bwd = Operator("plif_bwd")
+plif_ce_fwd = Operator("plif_ce_fwd")
+plif_ce_bwd = Operator("plif_ce_bwd")
+plif_topk_ce_fwd = Operator("plif_topk_ce_fwd")
+plif_topk_ce_bwd = Operator("plif_topk_ce_bwd")
+sparse_linear_buffer = Operator("sparse_linear_buffer")
+sparse_linear_dhidden = Operator("sparse_linear_dhidden")
+sparse_linear_dweight = Operator("sparse_linear_dweight")
+reduce_fwd = Operator("reduce_fwd")
+reduce_bwd = Operator("reduce_bwd")
+cosine_fwd = Operator("cosine_fwd")
+cosine_bwd = Operator("cosine_bwd")
 
 
 # topk_ce
@@ -250,8 +290,8 @@ def _topk_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
     return da, None if b is None else gp, dq, None, None, dp, None, None, None, None, None
 
 
-differentiable("topk_ce_fwd", _topk_fwd_backward, _topk_fwd_context)
-differentiable("topk_ce_bwd", _topk_bwd_backward, _topk_bwd_context)
+topk_ce_fwd.differentiable(_topk_fwd_backward, _topk_fwd_context)
+topk_ce_bwd.differentiable(_topk_bwd_backward, _topk_bwd_context)
 
 
 def upstream_times(upstream: Tensor, value: Tensor) -> Tensor:
@@ -370,8 +410,8 @@ def _threshold_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, 
     return (da, db, dz.to(logits.dtype), *(None,) * 9)
 
 
-differentiable("threshold_ce_fwd", _threshold_fwd_backward, _threshold_fwd_context)
-differentiable("threshold_ce_bwd", _threshold_bwd_backward, _threshold_bwd_context)
+threshold_ce_fwd.differentiable(_threshold_fwd_backward, _threshold_fwd_context)
+threshold_ce_bwd.differentiable(_threshold_bwd_backward, _threshold_bwd_context)
 
 
 # tail: of a forward whose gradient tail.py knows
@@ -435,8 +475,8 @@ def _labels_bwd_backward(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...
     return (gq - gr, dz.to(logits.dtype), *(None,) * 6)
 
 
-differentiable("labels_ce_fwd", _labels_fwd_backward, _labels_fwd_context)
-differentiable("labels_ce_bwd", _labels_bwd_backward, _labels_bwd_context)
+labels_ce_fwd.differentiable(_labels_fwd_backward, _labels_fwd_context)
+labels_ce_bwd.differentiable(_labels_bwd_backward, _labels_bwd_context)
 
 
 # plif. With G_i the sum of the upstream gradient g over cell i, M_i that of g times the share of
@@ -577,16 +617,11 @@ def _plif_ce_backward(
 
 _no_second_derivative = first_derivative_only("MonotonicPLIF")
 
-for _op, _backward, _context in (
-    ("plif_tables", _plif_tables_backward, _plif_tables_context),
-    ("plif_fwd", _plif_backward, _plif_context),
-    ("plif_ce_fwd", _plif_ce_backward, _plif_ce_context),
-    ("plif_bwd", _no_second_derivative, None),
-    ("plif_ce_bwd", _no_second_derivative, None),
-    ("plif_scale", _no_second_derivative, None),
-    ("plif_dslopes", _no_second_derivative, None),
-):
-    differentiable(_op, _backward, _context)
+plif_tables.differentiable(_plif_tables_backward, _plif_tables_context)
+plif_fwd.differentiable(_plif_backward, _plif_context)
+plif_ce_fwd.differentiable(_plif_ce_backward, _plif_ce_context)
+for _op in (plif_bwd, plif_ce_bwd, plif_scale, plif_dslopes):
+    _op.differentiable(_no_second_derivative)
 
 
 # sparse_linear: gradients themselves, of which nobody takes another
@@ -645,8 +680,8 @@ def _reduce_bwd_backward(ctx: Any, ddloss: Tensor) -> tuple[Tensor | None, ...]:
     return total / divisor, None, None, None, None
 
 
-differentiable("reduce_fwd", _reduce_fwd_backward, _reduce_fwd_context)
-differentiable("reduce_bwd", _reduce_bwd_backward, _reduce_bwd_context)
+reduce_fwd.differentiable(_reduce_fwd_backward, _reduce_fwd_context)
+reduce_bwd.differentiable(_reduce_bwd_backward, _reduce_bwd_context)
 
 
 # cosine: with c the output, e the target's vector, alpha = by_target and beta = by_output
@@ -729,5 +764,5 @@ def _cosine_bwd_backward(ctx: Any, ddoutput: Tensor) -> tuple[Tensor | None, ...
     return beta * gc + alpha * ge, dc, None, None, dbeta, dalpha, None
 
 
-differentiable("cosine_fwd", _cosine_fwd_backward, _cosine_fwd_context)
-differentiable("cosine_bwd", _cosine_bwd_backward, _cosine_bwd_context)
+cosine_fwd.differentiable(_cosine_fwd_backward, _cosine_fwd_context)
+cosine_bwd.differentiable(_cosine_bwd_backward, _cosine_bwd_context)

@@ -245,17 +245,10 @@ def _linear_backward(
     return linear.by_products(hidden, weight, linear.idle_rows(dvalues), dtype, needed, chunks)
 
 
-for _name, _function in (
-    ("listed_fwd", _listed),
-    ("listed_bwd", tail.placed),
-    ("listed_linear_fwd", _linear_forward),
-    ("listed_linear_bwd", _linear_backward),
-):
-    torch.library.impl(f"sparse_ce::{_name}", "CompositeExplicitAutograd")(_function)
-listed_fwd = torch.ops.sparse_ce.listed_fwd.default
-listed_bwd = torch.ops.sparse_ce.listed_bwd.default
-listed_linear_fwd = torch.ops.sparse_ce.listed_linear_fwd.default
-listed_linear_bwd = torch.ops.sparse_ce.listed_linear_bwd.default
+listed_fwd = ops.Operator("listed_fwd", _listed)
+listed_bwd = ops.Operator("listed_bwd", tail.placed)
+listed_linear_fwd = ops.Operator("listed_linear_fwd", _linear_forward)
+listed_linear_bwd = ops.Operator("listed_linear_bwd", _linear_backward)
 
 
 def _empty_list(
@@ -336,13 +329,10 @@ def _without_derivative(
     return ops.without_derivative("vocab_parallel_sparse_ce", "", of, gradients)
 
 
-for _name, _backward, _setup in (
-    ("listed_fwd", _autograd, _context),
-    ("listed_linear_fwd", _linear_autograd, _linear_context),
-    ("listed_bwd", _no_second_derivative, None),
-    ("listed_linear_bwd", _no_second_derivative, None),
-):
-    ops.differentiable(_name, _backward, _setup)
+listed_fwd.differentiable(_autograd, _context)
+listed_linear_fwd.differentiable(_linear_autograd, _linear_context)
+for _op in (listed_bwd, listed_linear_bwd):
+    _op.differentiable(_no_second_derivative)
 
 
 def _merged(

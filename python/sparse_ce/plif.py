@@ -134,10 +134,8 @@ def _topk_backward(
     return dlogits, ops.softplus_gradient(dslopes(*sums, scale, bound, slopes.dtype), w)
 
 
-torch.library.impl("sparse_ce::topk_plif_ce_fwd", "CompositeExplicitAutograd")(_topk_forward)
-torch.library.impl("sparse_ce::topk_plif_ce_bwd", "CompositeExplicitAutograd")(_topk_backward)
-topk_plif_ce_fwd = torch.ops.sparse_ce.topk_plif_ce_fwd.default
-topk_plif_ce_bwd = torch.ops.sparse_ce.topk_plif_ce_bwd.default
+topk_plif_ce_fwd = ops.Operator("topk_plif_ce_fwd", _topk_forward)
+topk_plif_ce_bwd = ops.Operator("topk_plif_ce_bwd", _topk_backward)
 
 
 @torch.library.register_fake("sparse_ce::topk_plif_ce_fwd")
@@ -177,5 +175,5 @@ def _topk_autograd(
     return (dlogits, None, None, dw if needed else None, *(None,) * 4)
 
 
-ops.differentiable("topk_plif_ce_fwd", _topk_autograd, _topk_context)
-ops.differentiable("topk_plif_ce_bwd", ops.first_derivative_only("MonotonicPLIF"))
+topk_plif_ce_fwd.differentiable(_topk_autograd, _topk_context)
+topk_plif_ce_bwd.differentiable(ops.first_derivative_only("MonotonicPLIF"))

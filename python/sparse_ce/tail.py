@@ -164,10 +164,8 @@ def _backward(
     return placed(*joined(*pairs), k, num_classes, dtype, backend)
 
 
-torch.library.impl("sparse_ce::tail_ce_fwd", "CompositeExplicitAutograd")(_forward)
-torch.library.impl("sparse_ce::tail_ce_bwd", "CompositeExplicitAutograd")(_backward)
-tail_ce_fwd = torch.ops.sparse_ce.tail_ce_fwd.default
-tail_ce_bwd = torch.ops.sparse_ce.tail_ce_bwd.default
+tail_ce_fwd = ops.Operator("tail_ce_fwd", _forward)
+tail_ce_bwd = ops.Operator("tail_ce_bwd", _backward)
 
 
 @torch.library.register_fake("sparse_ce::tail_ce_fwd")
@@ -203,9 +201,8 @@ def _autograd(
     return (dlogits, *(None,) * 7)
 
 
-ops.differentiable("tail_ce_fwd", _autograd, _context)
-ops.differentiable(
-    "tail_ce_bwd",
+tail_ce_fwd.differentiable(_autograd, _context)
+tail_ce_bwd.differentiable(
     ops.first_derivative_only(
         "fused_sparse_ce", " with normalizer='full' and k < V; k=None has second derivatives"
     ),
