@@ -346,7 +346,9 @@ def test_opcheck(subject):
         torch.library.opcheck(ops.labels_ce_fwd.overload, (leaf, y, 0.1, subject.backend))
         outputs = [o.detach() for o in ops.labels_ce_fwd(leaf, y, 0.1, subject.backend)]
         dloss = torch.rand_like(outputs[0]).requires_grad_()
-        torch.library.opcheck(ops.labels_ce_bwd.overload, (dloss, leaf, y, *outputs[1:], subject.backend))
+        torch.library.opcheck(
+            ops.labels_ce_bwd.overload, (dloss, leaf, y, *outputs[1:], subject.backend)
+        )
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

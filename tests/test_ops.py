@@ -7,9 +7,11 @@ import cases
 import pytest
 import subjects
 import torch
-from sparse_ce import fused_sparse_ce, sparse_softmax
+from sparse_ce import fused_sparse_ce, ops, sparse_softmax
 from stems import STEMS, Call
 from torch.autograd import gradcheck, gradgradcheck
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def example(subject, shape=(3,), k=4, smoothing=0.1, weighted=True, dtype=torch.float32):
@@ -83,6 +85,100 @@ def test_opcheck_of_the_compiled_operators(subject):
         for direction, arguments in (("fwd", stem.forward_arguments(call)), ("bwd", backward)):
             native = getattr(torch.ops.sparse_ce_native, f"{stem.name}_{direction}").default
             torch.library.opcheck(native, arguments, test_utils="test_schema")
+
+
+class DispatchMode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.heard.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionMode(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.heard.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner, self.heard = inner, []
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args[0].heard.append(str(function))
+        return function(args[0].inner, *args[1:], **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_whoever_listens_hears_the_operators(subject):
+    """Not the short way past the dispatcher: modes, subclasses of tensors, traces, profilers."""
+    call = example(subject)
+    logits, target = call.logits.requires_grad_(), call.target
+
+    def step():
+        fused_sparse_ce(logits, target, 4, backend=subject.backend).backward()
+
+    forward = {f"sparse_ce.{op}.default" for op in ("topk_ce_fwd", "reduce_fwd")}
+    backward = {f"sparse_ce.{op}.default" for op in ("topk_ce_bwd", "reduce_bwd")}
+    # a function mode is of its thread, and backward has another on a GPU
+    for mode, expected in ((DispatchMode(), forward | backward), (FunctionMode(), forward)):
+        with mode:
+            step()
+        assert expected <= set(mode.heard)
+    with torch.profiler.profile() as profile:
+        step()
+    names = {event.key for event in profile.key_averages()}
+    assert {op.replace(".", "::", 1).removesuffix(".default") for op in forward | backward} <= names
+    if subject.device == "cpu":
+        wrapped = Wrapper(logits.detach())
+        fused_sparse_ce(wrapped, target, 4, backend=subject.backend)
+        assert "sparse_ce.topk_ce_fwd.default" in wrapped.heard
+    trace = torch.jit.trace(
+        lambda z: fused_sparse_ce(z, target, 4, backend=subject.backend),
+        (logits.detach(),),
+        check_trace=False,
+    )
+    assert {node.kind() for node in trace.graph.nodes()} >= {
+        "sparse_ce::topk_ce_fwd",
+        "sparse_ce::reduce_fwd",
+    }
+
+
+def test_nobody_listens(subject, monkeypatch):
+    """The short way, to the same numbers and the same derivatives of any order."""
+    if subject.backend == "eager":
+        pytest.skip("it runs on devices that may listen themselves")
+    call = example(subject)
+    logits, target = call.logits.requires_grad_(), call.target
+
+    def derivatives():
+        loss = fused_sparse_ce(logits, target, 4, reduction="sum", backend=subject.backend)
+        (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), logits)
+        return loss, first, second
+
+    with DispatchMode():
+        expected = derivatives()
+
+    def refuse(*_):
+        raise AssertionError("the dispatcher was called")
+
+    for op in (ops.topk_ce_fwd, ops.topk_ce_bwd, ops.reduce_fwd, ops.reduce_bwd):
+        monkeypatch.setattr(op, "overload", refuse)
+    for ours, theirs in zip(derivatives(), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def distinct(*shape, device):

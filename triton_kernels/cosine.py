@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import on_device, row_start, row_strides, warps
+from .rows import cdiv, on_device, row_start, row_strides, warps
 
 BLOCK_N = 4
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -180,7 +180,7 @@ def cosine_fwd(
     if target.numel() > 0:
         numbers, config = _arguments(output, target, embedding)
         with on_device(output):
-            _fwd_kernel[(triton.cdiv(target.numel(), BLOCK_N),)](
+            _fwd_kernel[(cdiv(target.numel(), BLOCK_N),)](
                 output, target, embedding, loss, by_output, by_target, *numbers,
                 NORMALIZE=normalize, **config,
             )  # fmt: skip
@@ -199,7 +199,7 @@ def cosine_bwd(
     if target.numel() > 0:
         numbers, config = _arguments(output, target, embedding)
         with on_device(output):
-            _bwd_kernel[(triton.cdiv(target.numel(), BLOCK_N),)](
+            _bwd_kernel[(cdiv(target.numel(), BLOCK_N),)](
                 dloss.contiguous(), output, target, embedding, by_output, by_target, doutput,
                 *numbers, **config,
             )  # fmt: skip

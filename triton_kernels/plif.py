@@ -35,10 +35,12 @@ from .list import list_gradient, list_loss, list_sums
 from .order import max_nan
 from .rows import (
     begin_alike,
+    cdiv,
     classes_before,
     edges,
     is_aligned,
     kernel,
+    next_power_of_2,
     on_device,
     parts_of_gradient,
     row_start,
@@ -466,7 +468,7 @@ def _topk_bwd_kernel(
 
 def list_options(k: int) -> dict[str, int]:
     """The configuration of both kernels on the support: the k listed and the target."""
-    size = max(32, triton.next_power_of_2(k + 1))
+    size = max(32, next_power_of_2(k + 1))
     return {"K2": size, **warps(size // 128 or 1)}
 
 
@@ -488,7 +490,7 @@ def plif_fwd(
     y = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            _fwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            _fwd_kernel[(cdiv(x.numel(), BLOCK),)](
                 x, slopes, offsets, y, x.numel(), slopes.shape[0], float(bound),
                 _rate(slopes, bound), BLOCK=BLOCK, **warps(4),
             )  # fmt: skip
@@ -503,7 +505,7 @@ def plif_bwd(
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(x)
-    programs = triton.cdiv(x.numel(), BLOCK)
+    programs = cdiv(x.numel(), BLOCK)
     cells, outside = _sums(slopes, scale, programs)
     if x.numel() > 0:
         with on_device(x):

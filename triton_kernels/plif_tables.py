@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import kernel, on_device, warps
+from .rows import cdiv, kernel, on_device, warps
 
 # Cells of a program at a time, and the most programs.
 BLOCK = 512
@@ -301,9 +301,9 @@ def options(name: str, has_dprobs: bool = False) -> dict[str, int]:
 
 def _parts(cells: int) -> tuple[int, int, int]:
     """How many there are, how many of them before the middle, and the turns of each."""
-    share = triton.cdiv(cells, BLOCK * (PARTS - 2))
-    before = triton.cdiv(cells // 2, share * BLOCK)
-    return before + triton.cdiv(cells - cells // 2, share * BLOCK), before, share
+    share = cdiv(cells, BLOCK * (PARTS - 2))
+    before = cdiv(cells // 2, share * BLOCK)
+    return before + cdiv(cells - cells // 2, share * BLOCK), before, share
 
 
 def plif_tables(
@@ -338,13 +338,13 @@ def plif_scale(
     at_most = None if weight is None else torch.linalg.vector_norm(weight, torch.inf)
     config = options("scale", dprobs is not None)
     alone = rows * (1 if dprobs is None else dprobs.shape[-1]) <= ALONE
-    programs = 1 if alone else min(SCALE_PARTS, triton.cdiv(rows, config["ROWS"]))
+    programs = 1 if alone else min(SCALE_PARTS, cdiv(rows, config["ROWS"]))
     maxima = None if alone else torch.empty(programs, dtype=torch.int64, device=lse.device)
     with on_device(lse):
         _scale_kernel[(programs,)](
             dloss, dlse, dprobs, target, at_most, lse, maxima, scale, lse.stride(0), rows,
             num_classes, 0 if dprobs is None else dprobs.shape[-1],
-            triton.cdiv(rows, programs * config["ROWS"]), ALONE=alone, HAS_DLOSS=dloss is not None,
+            cdiv(rows, programs * config["ROWS"]), ALONE=alone, HAS_DLOSS=dloss is not None,
             HAS_DLSE=dlse is not None, HAS_DPROBS=dprobs is not None,
             HAS_WEIGHT=weight is not None, **config,
         )  # fmt: skip

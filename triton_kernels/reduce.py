@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import kernel, on_device, warps
+from .rows import cdiv, kernel, on_device, warps
 
 BLOCK = 4096
 ALONE = 4 * BLOCK
@@ -124,9 +124,9 @@ def reduce_fwd(
     rows = target.numel()
     reduced, divisor = (torch.empty((), dtype=loss.dtype, device=loss.device) for _ in range(2))
     alone = rows <= ALONE
-    programs = 1 if alone else min(PROGRAMS, triton.cdiv(rows, BLOCK))
+    programs = 1 if alone else min(PROGRAMS, cdiv(rows, BLOCK))
     sums = None if alone else torch.empty((3, programs), dtype=loss.dtype, device=loss.device)
-    steps = triton.cdiv(rows, programs * BLOCK)
+    steps = cdiv(rows, programs * BLOCK)
     num_classes = 1 if weight is None else weight.shape[0]
     with on_device(loss):
         _fwd_kernel[(programs,)](
@@ -146,7 +146,7 @@ def reduce_bwd(
     dloss = torch.empty(target.shape, dtype=dreduced.dtype, device=target.device)
     if rows > 0:
         with on_device(target):
-            _bwd_kernel[(triton.cdiv(rows, _BWD_BLOCK),)](
+            _bwd_kernel[(cdiv(rows, _BWD_BLOCK),)](
                 dreduced, target, divisor, dloss, rows, ignore_index, **options("bwd")
             )
     return dloss

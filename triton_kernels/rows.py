@@ -81,6 +81,17 @@ def store_zeros(chunk_ptr, first, last, C: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(chunk_ptr + whole * C + offset, zero, mask=left)
 
 
+# Triton's own serve kernels as well: to look at their arguments takes them microseconds.
+
+
+def cdiv(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
 def row_strides(logits: torch.Tensor) -> tuple[int, int, int]:
     """stride_b, stride_t, rows_t of (N, V) or (B, T, V) logits."""
     if logits.dim() == 2:
@@ -107,7 +118,7 @@ def parts_of_gradient(rows: int, dlogits: torch.Tensor, lanes: int) -> tuple[int
     """Programs that share a row of a gradient, one unless a GPU would idle, and chunks of each."""
     chunks = max(1, dlogits.shape[-1] * dlogits.element_size() // 16)
     parts = max(1, min(1024 // max(1, rows), chunks // (4 * lanes)))
-    return parts, triton.cdiv(chunks, parts)
+    return parts, cdiv(chunks, parts)
 
 
 def warps(number: int) -> dict[str, int]:

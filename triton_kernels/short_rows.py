@@ -24,7 +24,17 @@ import triton.language as tl
 
 from .list import list_gradient, list_outputs
 from .order import key_value, lowest, max_nan, octave, pack, thresholds, value_key
-from .rows import classes_before, is_aligned, kernel, row_start, row_strides, store_zeros, warps
+from .rows import (
+    cdiv,
+    classes_before,
+    is_aligned,
+    kernel,
+    next_power_of_2,
+    row_start,
+    row_strides,
+    store_zeros,
+    warps,
+)
 
 # Above every key.
 SETTLED = tl.constexpr(0x7FFFFFFF)
@@ -374,8 +384,8 @@ def _short_bwd_kernel(
 
 def few_options(num_classes: int, k: int) -> dict[str, int]:
     """The configuration of _few_kernel."""
-    size = max(16, triton.next_power_of_2(num_classes))
-    top = min(size, max(16, triton.next_power_of_2(k)))
+    size = max(16, next_power_of_2(num_classes))
+    top = min(size, max(16, next_power_of_2(k)))
     # of longer lists a tile would leave registers, and take Triton minutes
     rows, number = (8, 1) if k <= FEW_K else (1, max(1, size // 256))
     return {"SORT": size, "TOP": top, "ROWS": rows, **warps(number)}
@@ -388,10 +398,10 @@ def short_fwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]
     # of long lists a tile of eight rows would leave registers
     rows = min(8 if k <= 64 else 4, 1 << (BYTES // (num_classes * itemsize)).bit_length() - 1)
     chunks, lanes = num_classes * itemsize // 16, 32 // rows
-    tiles = triton.next_power_of_2(triton.cdiv(chunks, EACH.value * lanes))
+    tiles = next_power_of_2(cdiv(chunks, EACH.value * lanes))
     # of 2.5 k maxima some 1.5 k classes reach the bound
-    coarse = max(64, triton.next_power_of_2(5 * k // 2))
-    top = max(32, triton.next_power_of_2(k))
+    coarse = max(64, next_power_of_2(5 * k // 2))
+    top = max(32, next_power_of_2(k))
     return {
         "SIZE": 2 * top,
         "TOP": top,
@@ -407,14 +417,14 @@ def short_bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]
     """The configuration of _short_bwd_kernel, where it is for such rows."""
     if num_classes * itemsize > 2048 or k > FEW_K:
         return None
-    return {"K2": max(16, triton.next_power_of_2(k)), "ROWS": 8, "BLOCK": 128, **warps(1)}
+    return {"K2": max(16, next_power_of_2(k)), "ROWS": 8, "BLOCK": 128, **warps(1)}
 
 
 def launch_few(tensors, k, label_smoothing, options):  # type: ignore[no-untyped-def]
     logits, target = tensors[:2]
     rows, num_classes = target.numel(), logits.shape[-1]
     few, (stride_b, stride_t, rows_t) = few_options(num_classes, k), row_strides(logits)
-    _few_kernel[(triton.cdiv(rows, few["ROWS"]),)](
+    _few_kernel[(cdiv(rows, few["ROWS"]),)](
         *tensors, stride_b, stride_t, 1, rows_t, rows, num_classes, k, label_smoothing,
         **few, **options,
     )  # fmt: skip
@@ -423,7 +433,7 @@ def launch_few(tensors, k, label_smoothing, options):  # type: ignore[no-untyped
 def launch_short_fwd(tensors, k, label_smoothing, options, short):  # type: ignore[no-untyped-def]
     """(N) the bounds of the rows that are left to _exact_kernel, SETTLED for all others."""
     logits, rows, num_classes = tensors[0], tensors[1].numel(), tensors[0].shape[-1]
-    programs = triton.cdiv(rows, short["ROWS"])
+    programs = cdiv(rows, short["ROWS"])
     found, places = logits.new_empty((2, programs, short["SIZE"], short["ROWS"]), dtype=torch.int16)
     pending = logits.new_empty(rows, dtype=torch.int32)
     _short_fwd_kernel[(programs,)](
@@ -437,6 +447,6 @@ def launch_short_bwd(tensors, k, label_smoothing, options, short):  # type: igno
     dlogits = tensors[-1]
     num_classes = dlogits.shape[-1]
     rows = dlogits.numel() // num_classes
-    _short_bwd_kernel[(triton.cdiv(rows, short["ROWS"]),)](
+    _short_bwd_kernel[(cdiv(rows, short["ROWS"]),)](
         *tensors, rows, num_classes, k, label_smoothing, **short, **options
     )

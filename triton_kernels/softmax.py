@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .order import max_nan
-from .rows import edges, tile, warps
+from .rows import edges, next_power_of_2, tile, warps
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -79,5 +79,5 @@ def lane_options(itemsize: int, num_classes: int) -> dict[str, int]:
     """Lanes and warps: two chunks for each lane at least, eight warps at most. No GPU has chosen
     them.
     """
-    lanes = min(256, max(32, triton.next_power_of_2(num_classes * itemsize // 32)))
+    lanes = min(256, max(32, next_power_of_2(num_classes * itemsize // 32)))
     return {"LANES": lanes, **warps(lanes // 32)}

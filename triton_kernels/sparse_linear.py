@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import on_device, warps
+from .rows import cdiv, next_power_of_2, on_device, warps
 
 # Sorted pairs of a class that are summed apart: at most that many, twice, are left to its program.
 PIECE = 256
@@ -175,7 +175,7 @@ def options(width: int, itemsize: int, sums: int) -> dict[str, int]:
     """The configuration for that many sums of rows of that width."""
     unit = math.gcd(16 // itemsize, width)
     accesses, unroll = MANY if sums >= FEW else ALONE
-    block = min(128 * unit * accesses, max(16, triton.next_power_of_2(width)))
+    block = min(128 * unit * accesses, max(16, next_power_of_2(width)))
     threads = block // (unit * accesses)
     return {"UNIT": unit, "UNROLL": unroll, "BLOCK_D": block, **warps(max(1, threads // 32))}
 
@@ -187,7 +187,7 @@ def sparse_linear_dhidden(
     dhidden = weight.new_empty((rows, width), dtype=dtype)
     if dhidden.numel() > 0:
         config = options(width, weight.element_size(), rows)
-        grid = (rows, triton.cdiv(width, config["BLOCK_D"]))
+        grid = (rows, cdiv(width, config["BLOCK_D"]))
         with on_device(weight):
             _dhidden_kernel[grid](
                 coefficients, classes, weight, dhidden, m, width // config["UNIT"], **config
@@ -217,12 +217,12 @@ def sparse_linear_dweight(
     with on_device(hidden):
         if pieces > 0:
             config = options(width, hidden.element_size(), pieces)
-            _piece_kernel[(pieces, triton.cdiv(width, config["BLOCK_D"]))](
+            _piece_kernel[(pieces, cdiv(width, config["BLOCK_D"]))](
                 sorted_coefficients, tokens, by_class, hidden, sums, width // config["UNIT"],
                 PIECE, **config,
             )  # fmt: skip
         config = options(width, hidden.element_size(), num_classes)
-        _dweight_kernel[(num_classes, triton.cdiv(width, config["BLOCK_D"]))](
+        _dweight_kernel[(num_classes, cdiv(width, config["BLOCK_D"]))](
             sorted_coefficients, tokens, starts, hidden, sums, dweight, width // config["UNIT"],
             PIECE, **config,
         )  # fmt: skip

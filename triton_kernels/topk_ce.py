@@ -39,7 +39,7 @@ atomics: where almost nothing is kept, a prefix sum costs as much as where all i
 per warp and several barriers; an atomic with no lane active costs a branch.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,10 +49,12 @@ import triton.language as tl
 from .list import list_gradient, list_outputs
 from .order import lowest, max_nan, pack, threshold, value_key
 from .rows import (
+    cdiv,
     classes_before,
     edges,
     is_aligned,
     kernel,
+    next_power_of_2,
     on_device,
     row_start,
     row_strides,
@@ -445,12 +447,12 @@ class Selection:
     num_warps: int
 
     def options(self) -> dict[str, int]:
-        return {**asdict(self), **warps(self.num_warps)}
+        return {**vars(self), **warps(self.num_warps)}
 
 
 def list_size(k: int) -> int:
     """Room for ties at the bound; the power of two is all that kernels know of k when compiled."""
-    return max(32, triton.next_power_of_2(k + k // 4 + 16))
+    return max(32, next_power_of_2(k + k // 4 + 16))
 
 
 def fwd_selection(itemsize: int, num_classes: int, k: int) -> Selection | None:
@@ -472,7 +474,7 @@ def list_dtype(itemsize: int, num_classes: int, size: int, split: bool) -> torch
 
 def merge_options(candidates: int) -> dict[str, int]:
     """The configuration of _merge_kernel for that many candidates."""
-    size = max(16, triton.next_power_of_2(candidates))
+    size = max(16, next_power_of_2(candidates))
     return {"SORT": size, **warps(max(1, size // 256))}
 
 
@@ -486,7 +488,7 @@ def bwd_options(itemsize: int, num_classes: int, k: int) -> dict[str, int]:
     """The configuration of _bwd_kernel."""
     short = num_classes * itemsize // 16 < PART
     return {
-        "K2": max(16, triton.next_power_of_2(k)),
+        "K2": max(16, next_power_of_2(k)),
         "BLOCK": 128 if short else 1024,
         "ALIGNED": num_classes * itemsize % 16 == 0,
         **warps(1 if short else 8),
@@ -498,8 +500,8 @@ def _parts(rows: int, num_classes: int, k: int) -> tuple[int, int]:
     parts = min(num_classes // 16384, 2048 // k, 256 // rows)
     if parts < 2:
         return 1, num_classes
-    size = triton.cdiv(num_classes, parts * 16) * 16
-    return triton.cdiv(num_classes, size), size
+    size = cdiv(num_classes, parts * 16) * 16
+    return cdiv(num_classes, size), size
 
 
 def topk_ce_fwd(
@@ -595,7 +597,7 @@ def topk_ce_bwd(
             chunks = num_classes * itemsize // 16
             parts = max(1, chunks // max(PART, 4 * k))
             _bwd_kernel[(rows * parts,)](
-                *above, parts, triton.cdiv(chunks, parts), num_classes, k, label_smoothing,
+                *above, parts, cdiv(chunks, parts), num_classes, k, label_smoothing,
                 **bwd_options(itemsize, num_classes, k), **options,
             )  # fmt: skip
     return dlogits

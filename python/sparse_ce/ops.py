@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 
 from . import backends, schema
 
-
 _LIBRARY = torch.library.Library("sparse_ce", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 # What takes part in a call to which nobody listens.
@@ -76,7 +75,7 @@ class Operator:
         return self._below(keys, inputs)
 
     def _below(self, keys: Any, inputs: Sequence[Any]) -> Any:
-        """Without a derivative: for whoever listens at `keys`, or for nobody where they are None."""
+        """Without a derivative, for whoever listens at `keys`: None where nobody does."""
         with torch._C._AutoDispatchBelowAutograd():
             if keys is None:
                 return self._run(*inputs)
