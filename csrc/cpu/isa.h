@@ -35,6 +35,14 @@ struct Isa {
   void (*cosine_backward)(const CosineBackward&, int64_t begin, int64_t end);
 };
 
+// What the processors of this build never have.
+constexpr Isa absent(const char* name) {
+  Isa none{};
+  none.name = name;
+  none.supported = [] { return false; };
+  return none;
+}
+
 // Best first; the last runs everywhere.
 extern const Isa avx512;
 extern const Isa avx2;

@@ -215,13 +215,6 @@ extern const Isa avx2 = {"avx2",
 #endif
 #else
 namespace sparse_ce::cpu {
-extern const Isa avx2 = {"avx2",  [] { return false; },
-                         nullptr, nullptr,
-                         nullptr, nullptr,
-                         nullptr, nullptr,
-                         nullptr, nullptr,
-                         nullptr, nullptr,
-                         nullptr, nullptr,
-                         nullptr};
+extern const Isa avx2 = absent("avx2");
 }  // namespace sparse_ce::cpu
 #endif

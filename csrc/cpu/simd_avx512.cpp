@@ -296,13 +296,6 @@ extern const Isa avx512 = {"avx512",
 #endif
 #else
 namespace sparse_ce::cpu {
-extern const Isa avx512 = {"avx512", [] { return false; },
-                           nullptr,  nullptr,
-                           nullptr,  nullptr,
-                           nullptr,  nullptr,
-                           nullptr,  nullptr,
-                           nullptr,  nullptr,
-                           nullptr,  nullptr,
-                           nullptr};
+extern const Isa avx512 = absent("avx512");
 }  // namespace sparse_ce::cpu
 #endif
