@@ -298,7 +298,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     sets = ("avx2", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    packages = ("torch", "triton", "sparse_ce", "liger_kernel", "quack-kernels")
+    packages = ("triton", "sparse_ce", "liger_kernel", "quack-kernels", "cut-cross-entropy")
     has_kernels = backends.unavailable("cpu") is None
     found = {
         "date": date.today().isoformat(),
@@ -306,7 +306,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         if shutil.which("git")
         else "",
         "python": platform.python_version(),
-        "versions": {name: installed.get(name) for name in packages},
+        "versions": {
+            "torch": torch.__version__,
+            **{name: installed.get(name) for name in packages},
+        },
         "device": device.type,
         "cpu": about.get("model name", platform.machine()),
         "cores": os.cpu_count(),

@@ -1,6 +1,7 @@
 """The backend `cuda` on CPU tensors: its kernels emulated, for tests. As the glue, on ctypes."""
 
 import ctypes
+import math
 from functools import cache
 
 import emulation
@@ -356,13 +357,11 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _rows(logits: Tensor) -> Rows:
-    classes = logits.shape[-1]
-    if logits.dim() == 2:
-        count, inner, outer_stride, inner_stride = (*logits.shape[:1], 1, logits.stride(0), 0)
-    else:
-        count, inner = logits.shape[:-1].numel(), logits.shape[1]
-        outer_stride, inner_stride = logits.stride()[:2]
-    return Rows(logits.data_ptr(), count, classes, inner, outer_stride, inner_stride)
+    """As csrc/glue.h fills it."""
+    *rows, classes = logits.shape
+    outer_stride = logits.stride(0) if logits.dim() == 3 else 0
+    strides = (outer_stride, logits.stride(-2))
+    return Rows(logits.data_ptr(), math.prod(rows), classes, max(1, rows[-1]), *strides)
 
 
 def _list(

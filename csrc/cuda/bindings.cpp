@@ -43,7 +43,8 @@ std::string architectures() { return SPARSE_CE_TEXT_OF(SPARSE_CE_CUDA_ARCHITECTU
 
 cudaStream_t current_stream(at::Device device) {
   // the device guard speaks to the runtime of torch; the kernels are launched by one of their own
-  cudaSetDevice(device.index());
+  const cudaError_t error = cudaSetDevice(device.index());
+  TORCH_CHECK(error == cudaSuccess, "sparse_ce: ", cudaGetErrorString(error));
   const c10::impl::VirtualGuardImpl guard(device.type());
   return static_cast<cudaStream_t>(guard.getStream(device).native_handle());
 }

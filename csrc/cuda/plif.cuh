@@ -244,7 +244,8 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
     S g[kElements], slopes[kElements];
     int cells[kElements];
     for (int e = 0; e < kElements; ++e) {
-      cells[e] = f.cell_of(x[e]);
+      // what was not loaded may be anything
+      cells[e] = exist ? f.cell_of(x[e]) : 0;
       const Line<S> line = f.line(cells[e]);
       slopes[e] = line.slope;
       // without upstream gradient exactly zero, also where the probability is NaN

@@ -19,14 +19,14 @@ enum class Dtype { f32, bf16, f16, f64 };
 struct Rows {
   const void* data;
   int64_t count;    // below 2^31
-  int64_t classes;  // at most 2^31 - 2^20
+  int64_t classes;  // at most 2^31 - 2^24
   int64_t inner;
   int64_t outer_stride;
   int64_t inner_stride;
 };
 
-// Rows are on x of the grid, and `int` counts classes, a block beyond the last included.
-constexpr int64_t kMaxRows = 0x7FFFFFFF, kMaxClasses = 0x7FFFFFFF - (1 << 20);
+// Rows are on x of the grid, and `int` counts classes, what a block looks for beyond the last included.
+constexpr int64_t kMaxRows = 0x7FFFFFFF, kMaxClasses = 0x7FFFFFFF - (1 << 24);
 
 inline bool in_range(int64_t rows, int64_t classes) {
   return rows <= kMaxRows && 1 <= classes && classes <= kMaxClasses;

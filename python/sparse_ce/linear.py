@@ -505,10 +505,18 @@ class _RowSparse(torch.autograd.Function):
         return (*found, *(None,) * 11)
 
 
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# As backends.resolve: torch.compile of torch 2.11 would break the graph here.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """Of the logits: that of hidden, or what autocast makes of it."""
     device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype
