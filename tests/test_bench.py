@@ -274,6 +274,9 @@ def test_an_output_layer_is_checked_and_timed(tmp_path, capsys):
         ours, *others = result["providers"]
         assert ours["provider"] == "sparse_ce.eager" and len(others) == 5
         assert result["product_ms"]["median"] > 0
+        if not hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.11
+            absent, others = others[2:], others[:2]
+            assert all(row["status"] == "unavailable" for row in absent)
         for row in (ours, *others):
             assert row["status"] == "ok" and max(row["errors_in_tolerances"].values()) <= 1
             assert all(len(found["samples_ms"]) == 3 for found in row["passes"].values())

@@ -343,7 +343,8 @@ def _merged(
     range.
     """
     lists = [min(k, size) for size in shards.sizes]
-    most, own = max(lists), lists[shards.rank]
+    # not the most of the lists, whose lengths a compiler does not know
+    most, own = min(k, max(shards.sizes)), lists[shards.rank]
     y = target.unsqueeze(-1)
     mine = values[:, :own]
     at_target = torch.where(shards.here(y), values[:, own : own + 1], -torch.inf)
