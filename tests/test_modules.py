@@ -83,7 +83,8 @@ def test_options_may_change_between_steps():
 
 def test_the_example_of_the_schedule():
     result = doctest.testmod(schedule)
-    assert result.attempted == 5 and result.failed == 0
+    # from Python 3.13 on what is skipped counts as attempted
+    assert result.attempted - getattr(result, "skipped", 0) == 5 and result.failed == 0
 
 
 @pytest.mark.parametrize(
