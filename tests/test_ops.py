@@ -87,24 +87,22 @@ def test_opcheck_of_the_compiled_operators(subject):
             torch.library.opcheck(native, arguments, test_utils="test_schema")
 
 
-class DispatchMode(TorchDispatchMode):
+class Hearing:
     def __init__(self):
         super().__init__()
         self.heard = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def hear(self, function, types, args=(), kwargs=None):
         self.heard.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-class FunctionMode(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.heard = []
+class DispatchMode(Hearing, TorchDispatchMode):
+    __torch_dispatch__ = Hearing.hear
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.heard.append(str(function))
-        return function(*args, **(kwargs or {}))
+
+class FunctionMode(Hearing, TorchFunctionMode):
+    __torch_function__ = Hearing.hear
 
 
 class Wrapper(torch.Tensor):
