@@ -45,6 +45,12 @@ interpreter:
 emulation: $(VENV)/test
 	SPARSE_CE_EMULATE=1 SPARSE_CE_REQUIRE=cuda $(BIN)/python -m pytest -q -n $(WORKERS) tests -m interpreter
 
+# Triton's kernels as a GPU gets them, up to the PTX, which tests/emulated_ptx.py runs on the processor. With PTX=tests hours.
+.PHONY: ptx
+PTX ?= tests/test_short_rows.py tests/test_reduce.py tests/test_tail.py
+ptx: $(VENV)/test
+	PYTHONPATH=tests SPARSE_CE_REQUIRE=triton $(BIN)/python -m pytest -q -p emulated_triton $(PTX) -m interpreter
+
 # Ahead of time, without a GPU: registers, spills, widths of loads and stores for every architecture.
 AOT ?= tests/test_triton_aot.py tests/test_cuda_aot.py
 aot: $(VENV)/test
