@@ -617,8 +617,9 @@ class Tuning(NamedTuple):
 # Of the rows for 16 bits an H200 chose those with k <= 32 up to 65536 and beyond, and the one with
 # k <= 128 up to 65536. The others follow from counts on compiled code, which
 # tests/test_triton_aot.py repeats and tests/triton_resources.json records: registers, instructions
-# per 16 bytes of the streaming loop, warp-instructions per row. None of them spills. Short rows are
-# not here, up to k = 128: short_rows.py.
+# per 16 bytes of the streaming loop, warp-instructions per row. No such case spills; with
+# other options, such as rows that programs share, some do, 4 to 64 bytes. Short rows are not here,
+# up to k = 128: short_rows.py.
 #   nseg    the H200 likes 2 to 4 chunks per thread: at most 16 registers of maxima and twice 16 of
 #           loads. The second look reads 2 k / nseg of the row again, so nseg grows with k.
 #   warps   all but the streaming costs 1000 to 2500 instructions per warp: as few as nseg leaves.
