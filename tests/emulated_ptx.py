@@ -291,6 +291,10 @@ class Shadow:
         self.rmulti = np.zeros(n, bool)
 
 
+# Of a matrix of 16 bits, which a lane of a warp holds: two beside each other.
+ROW, COLUMN = np.arange(32) // 4, 2 * (np.arange(32) % 4)
+
+
 class CTA:
     def __init__(self, T, ctaid, nctaid, params, shared, extents, kname):
         self.T, self.W = T, T // 32
@@ -321,7 +325,7 @@ class CTA:
             )
         return i
 
-    def ldg(self, addr, mask, size, vec, line, volatile=False):
+    def ldg(self, addr, mask, size, vec, line):
         act = np.flatnonzero(mask)
         if act.size == 0:
             return act, [np.zeros(0, UT[size])] * vec
@@ -358,7 +362,7 @@ class CTA:
         for j, x in enumerate(vals):
             v[base + j] = x[act].astype(UT[size])
 
-    def atomic_add(self, addr, mask, size, val, line, want):
+    def atomic_add(self, addr, mask, size, val, line):
         act = np.flatnonzero(mask)
         out = np.zeros(act.size, UT[size])
         if act.size == 0:
@@ -427,13 +431,7 @@ class CTA:
                 cross &= ~same
                 intra &= ~same
             kind = "write-write" if write else "write-read"
-            for m, where in (
-                (other_cta, "between programs"),
-                (cross, "between warps"),
-                (intra, "within a warp"),
-            ):
-                if m.any():
-                    finding(f"{kind} {where}", f"{self.kname} {sh.name} line {line}")
+            self._tell(kind, sh, line, other_cta, cross, intra)
         if write:
             has = sh.rcta[g] >= 0
             if has.any():
@@ -450,13 +448,7 @@ class CTA:
                     other_cta &= ~same
                     cross &= ~same
                     intra &= ~same
-                for m, where in (
-                    (other_cta, "between programs"),
-                    (cross, "between warps"),
-                    (intra, "within a warp"),
-                ):
-                    if m.any():
-                        finding(f"read-write {where}", f"{self.kname} {sh.name} line {line}")
+                self._tell("read-write", sh, line, other_cta, cross, intra)
             sh.cta[g] = self.cta
             sh.thr[g] = thr
             sh.ep[g] = self.epoch
@@ -470,6 +462,15 @@ class CTA:
             sh.rthr[g] = thr
             sh.rep[g] = self.epoch
             sh.rwe[g] = self.wepoch[w]
+
+    def _tell(self, kind, sh, line, other_cta, cross, intra):
+        for m, where in (
+            (other_cta, "between programs"),
+            (cross, "between warps"),
+            (intra, "within a warp"),
+        ):
+            if m.any():
+                finding(f"{kind} {where}", f"{self.kname} {sh.name} line {line}")
 
     # -- shared
     def _scheck(self, a, size, line):
@@ -593,49 +594,37 @@ class CTA:
                 o[part] = r
         return out
 
-    def ldmatrix(self, n, trans, addr, mask, line):
-        self.full_warps(mask, "ldmatrix", line)
-        outs = [np.zeros(self.T, U32) for _ in range(n)]
+    def _matrices(self, what, n, addr, mask, write, line):
+        """Of each warp at work its lanes, and of each of its n matrices which and where it lies."""
+        self.full_warps(mask, what, line)
         addr = np.broadcast_to(addr, mask.shape).astype(np.int64)
-        h = self.shm[: self.nshared // 2 * 2].view(U16)
-        for w in range(self.W):
-            if not mask[32 * w]:
+        for first in range(0, self.T, 32):
+            if not mask[first]:
                 continue
             for m in range(n):
-                rows = addr[32 * w + 8 * m : 32 * w + 8 * m + 8]
-                self._scheck(rows, 16, line)
+                lanes = np.arange(first + 8 * m, first + 8 * m + 8)
+                self._scheck(addr[lanes], 16, line)
                 if RACE:
-                    self._smark(
-                        rows, 16, np.arange(32 * w + 8 * m, 32 * w + 8 * m + 8), False, line
-                    )
-                M = h[(rows // 2)[:, None] + np.arange(8)[None]]
-                if trans:
-                    M = M.T
-                t = np.arange(32)
-                lo, hi = M[t // 4, 2 * (t % 4)], M[t // 4, 2 * (t % 4) + 1]
-                outs[m][32 * w : 32 * w + 32] = lo.astype(U32) | (hi.astype(U32) << U32(16))
+                    self._smark(addr[lanes], 16, lanes, write, line)
+                at = (addr[lanes] // 2)[:, None] + np.arange(8)[None]
+                yield slice(first, first + 32), m, at
+
+    def ldmatrix(self, n, trans, addr, mask, line):
+        outs = [np.zeros(self.T, U32) for _ in range(n)]
+        h = self.shm[: self.nshared // 2 * 2].view(U16)
+        for warp, m, at in self._matrices("ldmatrix", n, addr, mask, False, line):
+            M = (h[at].T if trans else h[at]).astype(U32)
+            outs[m][warp] = M[ROW, COLUMN] | (M[ROW, COLUMN + 1] << U32(16))
         return outs
 
     def stmatrix(self, n, trans, addr, vals, mask, line):
-        self.full_warps(mask, "stmatrix", line)
-        addr = np.broadcast_to(addr, mask.shape).astype(np.int64)
         h = self.shm[: self.nshared // 2 * 2].view(U16)
-        for w in range(self.W):
-            if not mask[32 * w]:
-                continue
-            for m in range(n):
-                rows = addr[32 * w + 8 * m : 32 * w + 8 * m + 8]
-                self._scheck(rows, 16, line)
-                if RACE:
-                    self._smark(rows, 16, np.arange(32 * w + 8 * m, 32 * w + 8 * m + 8), True, line)
-                x = vals[m][32 * w : 32 * w + 32]
-                t = np.arange(32)
-                M = np.zeros((8, 8), U16)
-                M[t // 4, 2 * (t % 4)] = (x & U32(0xFFFF)).astype(U16)
-                M[t // 4, 2 * (t % 4) + 1] = (x >> U32(16)).astype(U16)
-                if trans:
-                    M = M.T
-                h[(rows // 2)[:, None] + np.arange(8)[None]] = M
+        for warp, m, at in self._matrices("stmatrix", n, addr, mask, True, line):
+            x = vals[m][warp]
+            M = np.zeros((8, 8), U16)
+            M[ROW, COLUMN] = (x & U32(0xFFFF)).astype(U16)
+            M[ROW, COLUMN + 1] = (x >> U32(16)).astype(U16)
+            h[at] = M.T if trans else M
 
 
 def poison(T, kind):
@@ -660,7 +649,6 @@ CMP = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 class Program:
     def __init__(self, ptx):
-        self.lines = ptx.splitlines()
         m = re.search(r"\.visible \.entry (\w+)\((.*?)\)\s*(.*?)\{", ptx, re.S)
         self.name = m.group(1)
         self.params = re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+_param_\d+)", m.group(2))
@@ -939,11 +927,11 @@ class Program:
                 size = bits(ty) // 8
                 if o == "red":
                     return [
-                        f"S.atomic_add({self.addr(a[0], size)}, {mask}, {size}, {V(a[1], ty)}, {L}, False)"
+                        f"S.atomic_add({self.addr(a[0], size)}, {mask}, {size}, {V(a[1], ty)}, {L})"
                     ]
                 r = self.reg(a[0])
                 return [
-                    f"_i, _v = S.atomic_add({self.addr(a[1], size)}, {mask}, {size}, {V(a[2], ty)}, {L}, True)",
+                    f"_i, _v = S.atomic_add({self.addr(a[1], size)}, {mask}, {size}, {V(a[2], ty)}, {L})",
                     f"_t = R[{r}].copy(); _t[_i] = _v; R[{r}] = _t",
                 ]
             if o == "mov":

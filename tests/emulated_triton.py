@@ -4,10 +4,10 @@
     PYTHONPATH=tests EMU_ARCH=80 python -m pytest -p emulated_triton tests -m interpreter
 
 Everything up to the PTX is what a GPU gets: the launchers, the specialisation of arguments, the
-layouts and barriers of the compiler. The summary lists findings: accesses outside of tensors and
-misaligned ones, races within a program, between programs and in shared memory, reads of scratch
+layouts and barriers of the compiler. The summary lists findings: races within a program, between
+programs and in shared memory, reads of scratch (what emulated_ptx.py knows as such by its name)
 that the launch has not written, barriers and shuffles of which lanes are missing. A finding fails
-the run.
+the run, and so does an access outside of the tensors or a misaligned one.
 """
 
 import dataclasses
