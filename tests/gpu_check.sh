@@ -192,7 +192,7 @@ if [ "$mode" = bench ]; then
   bench threshold 40 run --suite threshold --dtype bf16 --repeats 8
   bench plif 60 plif --dtype bf16 --repeats 5
   bench short 60 run --suite short --dtype bf16 --repeats 8 "${rivals[@]}"
-  bench small 30 run --suite small --dtype bf16 --repeats 200 "${rivals[@]}"
+  bench small 45 run --suite small --dtype bf16 --repeats 100 "${rivals[@]}"
   bench floor-fp32 100 run --suite floor --dtype fp32 --repeats 8 "${rivals[@]}"
   bench continuous 40 continuous
   bench break-even 60 linear --break-even --dtype bf16 fp32
