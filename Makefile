@@ -83,6 +83,15 @@ cpp: $(VENV)/ready
 	cmake --build build-asan -j 2
 	ctest --test-dir build-asan --output-on-failure
 
+# The kernels of 64-bit ARM in an emulation of that processor: of Debian g++-aarch64-linux-gnu and qemu-user-static.
+.PHONY: arm
+arm:
+	cmake -S . -B build-arm -DSPARSE_CE_CUDA=OFF -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static
+	cmake --build build-arm -j 2
+	ctest --test-dir build-arm --output-on-failure
+
 # The CUDA kernels and their glue, compiled and linked against the torch that is there, with a GPU or without one.
 cuda: $(VENV)/test
 	bash tests/cuda_build.sh $(BIN)/python

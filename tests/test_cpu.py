@@ -23,7 +23,7 @@ CPU = Subject("cpu", "cpu")
 TOPK_CE = next(stem for stem in STEMS if stem.name == "topk_ce")
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512", "avx2", "neon", "portable"])
 def isa(request, monkeypatch):
     monkeypatch.setenv("SPARSE_CE_CPU_ISA", request.param)
     try:

@@ -900,7 +900,7 @@ def test_parameters_of_other_dtypes_and_devices():
     assert not torch.equal(copy.w, noisy.w)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "portable"])
 @pytest.mark.parametrize("dtype", backends.ALL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_every_instruction_set(isa, dtype, monkeypatch):
     if backends.unavailable("cpu") is not None:

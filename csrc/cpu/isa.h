@@ -46,6 +46,7 @@ constexpr Isa absent(const char* name) {
 // Best first; the last runs everywhere.
 extern const Isa avx512;
 extern const Isa avx2;
+extern const Isa neon;
 extern const Isa portable;
 
 // The best of this processor, or the one that SPARSE_CE_CPU_ISA names. In isa.cpp, which knows torch's errors.

@@ -1,4 +1,4 @@
-// Every processor: plain loops over 16 bytes, which compilers turn into the vectors of their baseline (SSE2, NEON).
+// Every processor: plain loops over 16 bytes, which compilers turn into the vectors of their baseline.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

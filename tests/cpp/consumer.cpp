@@ -295,7 +295,7 @@ template <class T> int check_cosine(const cpu::Isa& isa, int64_t width, bool nor
 
 int main() {
   int cases = 0, failures = 0;
-  for (const cpu::Isa* isa : {&cpu::avx512, &cpu::avx2, &cpu::portable}) {
+  for (const cpu::Isa* isa : {&cpu::avx512, &cpu::avx2, &cpu::neon, &cpu::portable}) {
     if (!isa->supported()) {
       std::printf("%s: not on this processor\n", isa->name);
       continue;
