@@ -1,5 +1,7 @@
 """The CPU kernels on every instruction set of this processor, through the user's own override."""
 
+import math
+
 import cases
 import pytest
 import torch
@@ -128,6 +130,30 @@ def test_every_class_a_candidate(isa, dtype, k):
     """Ties at the cut fill the buffer of candidates over and over; each time a little better."""
     rising = torch.arange(20000).div(700, rounding_mode="floor").to(dtype)
     logits = torch.stack([torch.zeros_like(rising), rising, -rising, rising.flip(0)])
+    check(CPU, TOPK_CE, Call(logits, cases.targets(logits, k), k))
+
+
+@pytest.mark.parametrize("classes", [129, 1003, 4099])
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_rows_of_all_signs(isa, dtype, classes):
+    """A row is taken for one of positive numbers where the row before was: all kinds after both."""
+    k = 20
+    negative = -cases.logits("random", 1, classes, dtype).abs().clamp(min=1e-3)
+    zeros = torch.where(torch.rand(1, classes) < 0.5, -0.0, 0.0).to(dtype)
+    place = torch.randperm(classes)
+
+    def with_positive(count: int, rest: torch.Tensor = negative) -> torch.Tensor:
+        return rest.index_fill(-1, place[:count], 1.0)
+
+    kinds = [with_positive(count, rest) for rest in (negative, zeros) for count in (0, k - 1, k)]
+    # two NaNs of a sign: of equal ones the first comes first, though the other has the larger bits
+    first, second = place[-2:].sort().values
+    for infinity in cases.bits(torch.tensor([math.inf, -math.inf], dtype=dtype)):
+        for row in (negative, with_positive(k)):
+            bits = cases.bits(row.clone())
+            bits[:, first], bits[:, second] = infinity + 1, infinity + 2
+            kinds.append(bits.view(dtype))
+    logits = torch.cat([row for kind in kinds for row in (-negative, kind, negative, kind)])
     check(CPU, TOPK_CE, Call(logits, cases.targets(logits, k), k))
 
 

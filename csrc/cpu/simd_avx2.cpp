@@ -79,6 +79,7 @@ template <> struct Vector<int16_t> : Vector256 {
   static Register broadcast(int16_t a) { return _mm256_set1_epi16(a); }
   static Register max(Register a, Register b) { return _mm256_max_epi16(a, b); }
   static Register min(Register a, Register b) { return _mm256_min_epi16(a, b); }
+  static Register max_unsigned(Register a, Register b) { return _mm256_max_epu16(a, b); }
   static uint32_t reaches(Register a, Register b) {
     // one byte per lane: narrow the 16-bit masks, undo the interleaving of the two halves, take the sign bits
     const __m256i below = _mm256_cmpgt_epi16(b, a);
@@ -121,6 +122,7 @@ template <> struct Vector<int32_t> : Vector256 {
   static Register broadcast(int32_t a) { return _mm256_set1_epi32(a); }
   static Register max(Register a, Register b) { return _mm256_max_epi32(a, b); }
   static Register min(Register a, Register b) { return _mm256_min_epi32(a, b); }
+  static Register max_unsigned(Register a, Register b) { return _mm256_max_epu32(a, b); }
   static uint32_t reaches(Register a, Register b) {
     return ~static_cast<uint32_t>(
                _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)))) &

@@ -84,6 +84,7 @@ template <> struct Vector<int16_t> : Vector512 {
   static Register broadcast(int16_t a) { return _mm512_set1_epi16(a); }
   static Register max(Register a, Register b) { return _mm512_max_epi16(a, b); }
   static Register min(Register a, Register b) { return _mm512_min_epi16(a, b); }
+  static Register max_unsigned(Register a, Register b) { return _mm512_max_epu16(a, b); }
   static uint64_t reaches(Register a, Register b) { return _mm512_cmpge_epi16_mask(a, b); }
   static Register ordered(Register bits) {
     return order(bits, _mm512_srai_epi16(bits, 15), broadcast(0x7fff));
@@ -125,6 +126,7 @@ template <> struct Vector<int32_t> : Vector512 {
   static Register broadcast(int32_t a) { return _mm512_set1_epi32(a); }
   static Register max(Register a, Register b) { return _mm512_max_epi32(a, b); }
   static Register min(Register a, Register b) { return _mm512_min_epi32(a, b); }
+  static Register max_unsigned(Register a, Register b) { return _mm512_max_epu32(a, b); }
   static uint64_t reaches(Register a, Register b) { return _mm512_cmpge_epi32_mask(a, b); }
   static Register ordered(Register bits) {
     return order(bits, _mm512_srai_epi32(bits, 31), broadcast(0x7fffffff));

@@ -66,6 +66,9 @@ template <> struct Vector<int16_t> : Vector128 {
   static Register both(Register a, Register b) { return vandq_s16(a, b); }
   static Register max(Register a, Register b) { return vmaxq_s16(a, b); }
   static Register min(Register a, Register b) { return vminq_s16(a, b); }
+  static Register max_unsigned(Register a, Register b) {
+    return vreinterpretq_s16_u16(vmaxq_u16(vreinterpretq_u16_s16(a), vreinterpretq_u16_s16(b)));
+  }
   static Register canonical(Register keys) {
     return vbicq_s16(keys, vreinterpretq_s16_u16(vceqq_s16(keys, broadcast(-1))));
   }
@@ -94,6 +97,9 @@ template <> struct Vector<int32_t> : Vector128 {
   static Register both(Register a, Register b) { return vandq_s32(a, b); }
   static Register max(Register a, Register b) { return vmaxq_s32(a, b); }
   static Register min(Register a, Register b) { return vminq_s32(a, b); }
+  static Register max_unsigned(Register a, Register b) {
+    return vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
+  }
   static Register canonical(Register keys) {
     return vbicq_s32(keys, vreinterpretq_s32_u32(vceqq_s32(keys, broadcast(-1))));
   }

@@ -55,6 +55,12 @@ template <class Key> int append(Wide<Key>* keys, int32_t* indices,
   }
 }
 
+// The beginning of a row that is read next is on its way meanwhile: a processor foresees a few lines of it at most.
+template <class Key> void prefetch_row(const Key* row, int64_t classes) {
+  constexpr int64_t most = 16384 / sizeof(Key), line = 64 / sizeof(Key);
+  for (int64_t i = 0; i < std::min(classes, most); i += line) __builtin_prefetch(row + i);
+}
+
 // A function's scratch, reused from row to row.
 template <class Key> struct Scratch {
   static constexpr int lanes = Vector<Key>::lanes;
@@ -72,7 +78,8 @@ template <class Key> struct Scratch {
   std::vector<int32_t> indices, sorted_indices;
   std::vector<Candidate<Key>> rows, other_rows;  // candidates where single ones move
   bool in_index_order;                           // of the candidates
-  Key near = 0;                                  // cut of the row before
+  Key near = 1;                                  // cut of the row before
+  const Key* next = nullptr;                     // the row that follows, if any
 
   Scratch(int64_t classes, int64_t k_) : k(k_) {
     // about eight delegates per kept class keep the cut tight; larger groups make the second look rarer
@@ -268,9 +275,19 @@ int64_t collect_with_nan(const Key* x, int64_t classes, Scratch<Key>& s) {
   return n;
 }
 
-// Steps 1 to 3: fills the columns of candidates, returns how many.
-template <Dtype D, int G, class Key>
-int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
+// The bits of positive numbers are in order as they are, and above those of all others.
+template <bool POSITIVE, class Key>
+typename Vector<Key>::Register key_of(typename Vector<Key>::Register bits) {
+  if constexpr (POSITIVE)
+    return bits;
+  else
+    return Vector<Key>::ordered(bits);
+}
+
+// Steps 1 to 3: fills the columns of candidates, returns how many. POSITIVE takes all numbers for such, with half the instructions,
+// and returns -1 where a candidate is none.
+template <Dtype D, int G, bool POSITIVE, class Key>
+int64_t collect_as(const Key* x, int64_t classes, Scratch<Key>& s) {
   using V = Vector<Key>;
   constexpr int64_t width = G * V::lanes;
   const auto magnitude = V::broadcast(std::numeric_limits<Key>::max());
@@ -289,30 +306,36 @@ int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
       V::store(s.tail + v * V::lanes, load_first<Key>(x + first, rest, minus_infinity));
     }
   }
-  auto largest_magnitude = V::broadcast(0);
+  auto largest_magnitude = V::broadcast(0), largest_bits = largest_magnitude;
+  const auto look = [&](typename V::Register bits) {
+    if constexpr (POSITIVE)
+      largest_bits = V::max_unsigned(largest_bits, bits);  // of a negative number, if there is one
+    else
+      largest_magnitude = V::max(largest_magnitude, V::both(bits, magnitude));
+    return key_of<POSITIVE, Key>(bits);
+  };
   for (int64_t g = 0; g < s.groups; ++g) {
     const Key* p = g < whole ? x + g * width : s.tail;
-    auto bits = V::load(p);
-    largest_magnitude = V::max(largest_magnitude, V::both(bits, magnitude));
-    auto top = V::ordered(bits);
+    auto top = look(V::load(p));
 #pragma GCC unroll 8
-    for (int v = 1; v < G; ++v) {
-      bits = V::load(p + v * V::lanes);
-      largest_magnitude = V::max(largest_magnitude, V::both(bits, magnitude));
-      top = V::max(top, V::ordered(bits));
-    }
+    for (int v = 1; v < G; ++v) top = V::max(top, look(V::load(p + v * V::lanes)));
+    if constexpr (POSITIVE) largest_magnitude = V::max(largest_magnitude, top);
     V::store(s.group_max + g * V::lanes, top);
     if (merged) {
       Key* segment = s.segment_max + (g & (s.segments - 1)) * V::lanes;
       V::store(segment, V::max(V::load(segment), top));
     }
   }
+  if (s.next) prefetch_row(s.next, classes);
+  if constexpr (POSITIVE)
+    largest_magnitude = V::max(largest_magnitude, V::both(largest_bits, magnitude));
   if (V::reaches(largest_magnitude, V::broadcast(static_cast<Key>(Format<D>::infinity + 1))) != 0)
     return collect_with_nan<D>(x, classes, s);
 
   const int64_t delegates = s.segments * V::lanes;
   Key cut = std::numeric_limits<Key>::min();
   if (delegates >= s.k) cut = s.near = about_kth_largest(s.segment_max, delegates, s.k, s.near);
+  if (POSITIVE && cut <= 0) return -1;
   if (cut == 0) cut = -1;  // -0, whose key is -1, ties with +0
 
   auto bound = V::broadcast(cut);
@@ -347,12 +370,24 @@ int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
 #pragma GCC unroll 8
     for (int64_t i = int64_t{hits[h]} * G; i < int64_t{hits[h]} * G + G; ++i) {
       vectors[hit_vectors] = static_cast<int32_t>(i);
-      hit_vectors += V::reaches(V::ordered(V::load(vector_at(i))), bound) != 0;
+      hit_vectors += V::reaches(key_of<POSITIVE, Key>(V::load(vector_at(i))), bound) != 0;
     }
   }
   for (int64_t h = 0; h < hit_vectors && !closed; ++h)
-    take(V::ordered(V::load(vector_at(vectors[h]))), int64_t{vectors[h]} * V::lanes);
+    take(key_of<POSITIVE, Key>(V::load(vector_at(vectors[h]))), int64_t{vectors[h]} * V::lanes);
   return n;
+}
+
+// Rows of one model resemble each other: as positive where the row before was.
+template <Dtype D, int G, class Key>
+int64_t collect(const Key* x, int64_t classes, Scratch<Key>& s) {
+  if constexpr (requires(typename Vector<Key>::Register r) { Vector<Key>::max_unsigned(r, r); }) {
+    if (s.near > 0) {
+      const int64_t found = collect_as<D, G, true>(x, classes, s);
+      if (found >= 0) return found;
+    }
+  }
+  return collect_as<D, G, false>(x, classes, s);
 }
 
 // --- forward -------------------------------------------------------------------------------------------------------
@@ -494,6 +529,7 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, Curve f) {
   const auto some = [&](int64_t first, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       const Key* x = row_of<D>(a, first + r);
+      scratch.next = first + r + 1 < end ? row_of<D>(a, first + r + 1) : nullptr;
       const int64_t found = scratch.group == 8   ? collect<D, 8>(x, classes, scratch)
                             : scratch.group == 4 ? collect<D, 4>(x, classes, scratch)
                                                  : collect<D, 1>(x, classes, scratch);
@@ -525,11 +561,8 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end, Curve f) {
     constexpr int64_t R = columns::kRows;
     bool useful = classes <= columns::kMostClasses;  // until it leaves most rows
     for (; useful && begin + R <= end; begin += R) {
-      // the next rows are on their way meanwhile: a processor does not foresee them, as each is read by a vector at a time
-      for (int64_t n = begin + R; n < std::min(begin + 2 * R, end); ++n) {
-        const Key* x = row_of<D>(a, n);
-        for (int64_t i = 0; i < classes; i += 64 / sizeof(Key)) __builtin_prefetch(x + i);
-      }
+      for (int64_t n = begin + R; n < std::min(begin + 2 * R, end); ++n)
+        prefetch_row(row_of<D>(a, n), classes);
       uint64_t left = forward_columns<D>(a, begin);
       useful = Vector<Key>::count(left) <= R / 2;
       for (; left != 0; left &= left - 1) some(begin + Vector<Key>::first(left), 1);
