@@ -45,7 +45,7 @@ interpreter:
 emulation: $(VENV)/test
 	SPARSE_CE_EMULATE=1 SPARSE_CE_REQUIRE=cuda $(BIN)/python -m pytest -q -n $(WORKERS) tests -m interpreter
 
-# Triton's kernels as a GPU gets them, up to the PTX, which tests/emulated_ptx.py runs on the processor. With PTX=tests hours.
+# Triton's kernels as a GPU gets them, up to the PTX, which tests/ptx runs on the processor. With PTX=tests hours.
 .PHONY: ptx
 PTX ?= tests/test_short_rows.py tests/test_reduce.py tests/test_tail.py
 ptx: $(VENV)/test

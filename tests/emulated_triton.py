@@ -1,32 +1,48 @@
-"""A plugin for pytest: Triton's kernels become PTX, which emulated_ptx.py runs on CPU tensors.
+"""A plugin for pytest: Triton's kernels become PTX, which the package ptx runs on CPU tensors.
 
     make ptx
     PYTHONPATH=tests EMU_ARCH=80 python -m pytest -p emulated_triton tests -m interpreter
 
 Everything up to the PTX is what a GPU gets: the launchers, the specialisation of arguments, the
 layouts and barriers of the compiler. The summary lists findings: races within a program, between
-programs and in shared memory, reads of scratch (what emulated_ptx.py knows as such by its name)
-that the launch has not written, barriers and shuffles of which lanes are missing. A finding fails
-the run, and so does an access outside of the tensors or a misaligned one.
+programs and in shared memory, reads of memory that a launcher allocated and no kernel has written,
+barriers and shuffles of which lanes are missing. A finding fails the run, and so does an access
+outside of the tensors or a misaligned one.
+
+EMU_SEED=1 takes the random orders of another run, EMU_NOISE=0 lets approximations err by nothing,
+EMU_RACE=0 looks for no races and unwritten memory.
 """
 
 import dataclasses
 import os
 import struct
+import sys
 import tempfile
+from collections import Counter
 
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="emulated-triton-"))
 
-import emulated_ptx
+import numpy as np
+import ptx
 import torch
+from ptx import values
 from sparse_ce import backends
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 TARGET = GPUTarget("cuda", int(os.environ.get("EMU_ARCH", "90")), 32)
+SEED = int(os.environ.get("EMU_SEED", "0"))
+RANDOM = np.random.default_rng(SEED)
+RACES = os.environ.get("EMU_RACE", "1") == "1"
+values.NOISE = os.environ.get("EMU_NOISE", "1") == "1"
+FINDINGS: Counter[str] = Counter()
+PROGRAMS: Counter[str] = Counter()
 COMPILED: dict[str, set[str]] = {}
+# What torch.empty and its like gave to a launcher, while it lives.
+SCRATCH: list[tuple[StorageWeakRef, ptx.Scratch]] = []
 
 
 class _Utils:
@@ -83,29 +99,53 @@ def _bits(kind, value):
 def _extent(tensor, name):
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
-    return begin, begin + (last + 1) * tensor.element_size(), name
+    return ptx.Extent(begin, begin + (last + 1) * tensor.element_size(), name)
+
+
+def _unwritten(allocate):
+    """What it allocates for a launcher is known to be unwritten, until a kernel writes there."""
+
+    def allocate_and_note(*arguments, **options):
+        tensor = allocate(*arguments, **options)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("sparse_ce.triton_kernels."):
+            storage = tensor.untyped_storage()
+            # whole granules, of up to eight bytes
+            unwritten = np.ones(-(-storage.nbytes() // 8) * 8, np.uint8)
+            scratch = ptx.Scratch(storage.data_ptr(), unwritten)
+            SCRATCH[:] = [pair for pair in SCRATCH if not pair[0].expired()]
+            SCRATCH.append((StorageWeakRef(storage), scratch))
+        return tensor
+
+    return allocate_and_note
+
+
+def _living_scratch():
+    return [scratch for storage, scratch in SCRATCH if not storage.expired()]
 
 
 def _init_handles(self):
     if self.module is not None:
         return
     self.module, self.function = 1, self
-    signature, ptx = self.src.signature, self.asm["ptx"]
-    ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
+    signature, text = self.src.signature, self.asm["ptx"]
+    text = text.decode() if isinstance(text, bytes) else text
 
     def run(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
         given = zip(signature.items(), arguments, strict=True)
         found = [(name, kind, value) for (name, kind), value in given if kind != "constexpr"]
-        tensors = [
+        extents = [
             _extent(value, name)
             for name, kind, value in found
             if kind.startswith("*") and value.numel() > 0
         ]
-        assert min(x, y, z) >= 1
         COMPILED.setdefault(self.src.fn.__name__, set()).add(self.hash)
-        # what the compiler adds: two kinds of scratch, and of the profiler
-        values = [_bits(kind, value) for _, kind, value in found] + [0, 0, 0]
-        emulated_ptx.launch(ptx, (x, y, z), values, tensors, self.metadata.shared)
+        # what the compiler adds: scratch of its own, and of the profiler
+        bits = [_bits(kind, value) for _, kind, value in found] + [0, 0]
+        name = ptx.launch(
+            text, (x, y, z), bits, extents, FINDINGS,
+            shared=self.metadata.shared, scratch=_living_scratch(), random=RANDOM, races=RACES,
+        )  # fmt: skip
+        PROGRAMS[name] += x * y * z
 
     self._run = run
 
@@ -114,6 +154,8 @@ def _register():
     driver.set_active(_Driver())
     _only_to_ptx()
     CompiledKernel._init_handles = _init_handles
+    torch.empty, torch.empty_like = _unwritten(torch.empty), _unwritten(torch.empty_like)
+    torch.Tensor.new_empty = _unwritten(torch.Tensor.new_empty)
     backends.BACKENDS = tuple(
         dataclasses.replace(row, devices=("cuda", "cpu"), unavailable=lambda: None)
         if row.name == "triton"
@@ -129,12 +171,12 @@ _register()
 
 
 def pytest_sessionfinish(session):
-    if emulated_ptx.FINDINGS and session.exitstatus == 0:
+    if FINDINGS and session.exitstatus == 0:
         session.exitstatus = 1
 
 
 def pytest_terminal_summary(terminalreporter):
-    for (kind, text), count in sorted(emulated_ptx.FINDINGS.items()):
-        terminalreporter.write_line(f"{count:7d} {kind}: {text}")
+    for text, count in sorted(FINDINGS.items()):
+        terminalreporter.write_line(f"{count:7d} {text}")
     kernels = {name: len(hashes) for name, hashes in COMPILED.items()}
-    terminalreporter.write_line(f"emulated: {emulated_ptx.STATS}; kernels compiled: {kernels}")
+    terminalreporter.write_line(f"programs: {dict(PROGRAMS)}; kernels compiled: {kernels}")
