@@ -142,14 +142,6 @@ TWINS = {
         r"(write and read|read and write) by two programs: wrong, memory at lines.py:[34]",
         {"programs": 2},
     ),
-    # the reader that is noted last is of the same program
-    "read_by_all_programs_written_by_one": (
-        "ld.global.b32 %r4, [%rd1];\nbar.sync 0;\nand.pred %p4, %p2, %p3;\n"
-        "@%p4 st.global.b32 [{}], 5;",
-        *("%rd1+8", "%rd1"),
-        r"(write and read|read and write) by two programs",
-        {"programs": 3},
-    ),
     "atomic_and_plain": (
         "red.global.relaxed.gpu.add.u32 [%rd1], 1;\n{}\nld.global.b32 %r4, [%rd1];",
         *("bar.sync 0;", ""),
@@ -161,6 +153,12 @@ TWINS = {
         *("bar.sync 0;", ""),
         r"read and write by two (warps|threads of a warp) .* at lines.py:4:5 after lines.py:2:5",
         {"first": "@%p2 st.shared.b32 [0], 0; bar.sync 0;\n"},
+    ),
+    "written_and_then_added_to": (
+        "@%p2 st.shared.b32 [0], 0;\n{}\natom.shared.add.u32 %r4, [0], 1;",
+        *("bar.sync 0;", ""),
+        r"two writes by two (warps|threads of a warp) .* at lines.py:3:5 after lines.py:1:5",
+        {},
     ),
     "two_values_at_one_address": (
         "st.global.b32 [%rd1], {};",
@@ -205,6 +203,13 @@ TWINS = {
         r"read of memory that nobody wrote: wrong, shared memory at lines.py:4:5",
         {"first": "shl.b32 %r7, %r1, 3;\n"},
     ),
+    "behind_a_pragma": (
+        'st.shared.b32 [%r7], 1;\n.pragma "used_bytes_mask 0xf";\n'
+        "ld.shared.v2.b32 {{%r4, %r5}}, [%r7];\nld.shared.v2.b32 {{%r4, {}}}, [%r7];",
+        *("_", "%r5"),
+        r"read of memory that nobody wrote: wrong, shared memory at lines.py:5:5",
+        {"first": "shl.b32 %r7, %r1, 3;\n"},
+    ),
     "a_shuffle_of_a_part": (
         "@%p1 shfl.sync.idx.b32 %r4, %r1, 3, 31, {};",
         *("0xffff", "-1"),
@@ -218,7 +223,7 @@ TWINS = {
         {"threads": 32},
     ),
     "a_lane_outside_of_its_mask": (
-        "@%p1 shfl.sync.bfly.b32 %r4, %r1, 1, 31, {};",
+        "@%p1 bar.warp.sync {};",
         *("0xffff", "0xfffe"),
         r"a warp of which some lanes are missing: wrong, at lines.py:1:5",
         {"threads": 32},
@@ -322,20 +327,69 @@ def test_faults(name, monkeypatch):
         run(never + body_of(text, wrong))
 
 
+def test_who_reads_and_who_writes_in_any_order_of_programs():
+    """Two warps of the writer's own program read after the other program did."""
+    body = """
+        ld.global.b32 %r4, [%rd1];
+        bar.sync 0;
+        and.pred %p4, %p2, %p3;
+        @%p4 st.global.b32 [%rd1], 5;
+    """
+    said = {tuple(run(body, programs=2, seed=seed)) for seed in range(8)}
+    place = "by two programs: wrong, memory at lines.py"
+    assert said == {
+        (f"read and write {place}:4:5 after lines.py:1:5",),
+        (f"write and read {place}:1:5 after lines.py:4:5",),
+    }
+
+
 @pytest.mark.parametrize("writer", [0, 1, 31, 32, 63])
-@pytest.mark.parametrize("by_turns", [False, True])
-def test_a_writer_among_many_readers(writer, by_turns):
-    """Whoever it is: at once only one reader of a word can be noted."""
-    read = "ld.shared.b32 %r4, [0];\n"
-    if by_turns:  # the writer last
-        read = f"setp.ne.b32 %p6, %r1, {writer};\n@%p6 {read}@!%p6 {read}"
-    body = f"@%p2 st.shared.b32 [0], 1;\nbar.sync 0;\n{read}{{}}\n"
-    body += f"setp.eq.b32 %p5, %r1, {writer};\n@%p5 st.shared.b32 [0], 2;"
-    assert run(body.replace("{}", "bar.sync 0;")) == []
+def test_a_writer_among_many_readers(writer):
+    """Whoever it is: of those who read at once one can be noted."""
+    body = f"""
+        @%p2 st.shared.b32 [0], 1;
+        bar.sync 0;
+        ld.shared.b32 %r4, [0];
+        {{}}
+        setp.eq.b32 %p5, %r1, {writer};
+        @%p5 st.shared.b32 [0], 2;
+    """
+    assert run(body.format("bar.sync 0;")) == []
     for threads, by in ((32, "two threads of a warp"), (64, "two warps")):
         if writer < threads:
-            findings = run(body.replace("{}", ""), threads=threads)
+            findings = run(body.format(""), threads=threads)
             assert any(re.search(f"read and write by {by}", text) for text in findings), findings
+
+
+def read_by(*threads):
+    return "".join(
+        f"setp.eq.b32 %p5, %r1, {thread};\n@%p5 ld.shared.b32 %r4, [0];\n" for thread in threads
+    )
+
+
+@pytest.mark.parametrize(
+    "readers, found",
+    [
+        ([0], None),
+        ([0, 0], None),
+        ([0, 5, 0], "two threads of a warp"),
+        ([5, 0, 0], "two threads of a warp"),
+        ([0, 5, 40, 0], "two warps"),
+        ([0, 40, 0], "two warps"),
+        ([0, 0, 40], "two warps"),
+        ([40, 0, 0], "two warps"),
+        ([0, 40, 63, 0], "two warps"),
+    ],
+)
+def test_readers_in_turns(readers, found):
+    """Thread 0 writes, which may have read first and last."""
+    before = "@%p2 st.shared.b32 [0], 1;\nbar.sync 0;\n"
+    findings = run(before + read_by(*readers) + "@%p2 st.shared.b32 [0], 2;")
+    assert bool(findings) == (found is not None)
+    assert found is None or f"read and write by {found}" in " ".join(findings)
+    # a barrier lies behind all of them but the writer
+    body = before + read_by(*readers) + "bar.sync 0;\n" + read_by(0) + "@%p2 st.shared.b32 [0], 2;"
+    assert run(body) == []
 
 
 def test_readers_that_met_may_be_overwritten():
@@ -356,6 +410,7 @@ def test_neighbours_do_not_disturb_each_other():
     assert run(body + "@%p2 st.global.b8 [%rd5], %rs1;", programs=5) == []
     memory = np.full(8, 6, np.uint32)
     assert run("st.global.b32 [%rd1], 6;", memory, programs=3) == []
+    assert run("st.shared.b32 [0], 6;\nst.shared.b32 [0], 6;") == []
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
@@ -404,6 +459,8 @@ def test_registers_that_nobody_wrote():
     # only where the guard holds
     run("@%p1 mov.b32 %r31, 8;\nst.global.b32 [%rd2], %r31;", memory)
     assert (memory[:16] == 8).all() and np.isnan(memory[16:].view(np.float32)).all()
+    run("@%p1 mov.b32 %r31, 8;\n@!%p1 mov.b32 %r31, 9;\nst.global.b32 [%rd2], %r31;", memory)
+    assert memory.tolist() == [8] * 16 + [9] * 48
 
 
 def test_lanes_go_their_own_ways():
@@ -426,9 +483,8 @@ def test_lanes_go_their_own_ways():
         TEST:
         setp.gt.u32 %p6, %r4, 1;
         @%p6 bra AGAIN;
-        st.global.b32 [%rd2], %r5;
-        bar.sync 0;
-        shfl.sync.bfly.b32 %r7, %r5, 1, 31, -1;
+        shfl.sync.bfly.b32 %r7, %r5, 0, 31, -1;
+        st.global.b32 [%rd2], %r7;
     """
 
     def steps(n):
@@ -436,6 +492,25 @@ def test_lanes_go_their_own_ways():
 
     assert run(body, memory) == []
     assert memory.tolist() == [steps(n) for n in range(1, 65)]
+
+
+def test_a_barrier_that_threads_reach_from_both_sides():
+    body = """
+        st.shared.b32 [%r3], %r1;
+        @%p1 bra LATER;
+        BARRIER:
+        bar.sync 0;
+        xor.b32 %r4, %r3, 128;
+        ld.shared.b32 %r5, [%r4];
+        st.global.b32 [%rd2], %r5;
+        bra END;
+        LATER:
+        bra BARRIER;
+        END:
+    """
+    memory = np.zeros(64, np.uint32)
+    assert run(body, memory) == []
+    assert memory.tolist() == [n ^ 32 for n in range(64)]
 
 
 def test_parameters_and_places():
@@ -1094,7 +1169,7 @@ def test_what_is_exact_of_approximations():
     expected = [np.inf, -np.inf, 0, -0.0, np.nan]
     assert np.array_equal(found[:5], np.array(expected, np.float32), equal_nan=True)
     assert np.signbit(found[[1, 3]]).all() and found[9] == np.inf and found[10] == -np.inf
-    wide = np.array([3.0, -0.0, 1e-310], np.float64).view(np.uint64)
+    wide = np.array([3.0, -0.0, 2.0**-1023], np.float64).view(np.uint64)
     found = calculate("rcp.approx.ftz.f64 {0}, {1};", 64, wide)
     assert (found & np.uint64(0xFFFFFFFF) == 0).all()
     assert abs(found.view(np.float64)[0] * 3 - 1) < 2**-20

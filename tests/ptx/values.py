@@ -301,10 +301,9 @@ def field(a: Array, position: Array, length: Array) -> Array:
     bits = shifted_right(a, position)
     if a.dtype.kind == "u":
         return np.where(length < width, bits & ~shifted_left(~np.zeros_like(a), length), bits)
-    # the field at the top, and down again with its sign; none of length 0
+    # the field at the top, and down again with its sign
     up = np.maximum(width - length.astype(np.int64), 0).astype(np.uint32)
-    there = shifted_right(signed(shifted_left(unsigned(bits), up)), up)
-    return np.where(length == 0, 0, there).astype(a.dtype)
+    return shifted_right(signed(shifted_left(unsigned(bits), up)), up)
 
 
 # prmt: by its mode, the bytes taken for each value of the selector
