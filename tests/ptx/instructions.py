@@ -85,7 +85,7 @@ def _floats(form: Form, function: Function) -> Meaning:
     first = of = form.type()
     if form.left and form.left[-1] == "f32":
         of = form.type()
-    form.take("rn", "approx", "full")
+    form.take("rn")
     flush = values.flushed if form.take("ftz") else None
 
     def compute(*bits):
@@ -168,8 +168,11 @@ def fma(form: Form) -> Meaning:
 
 @_in_table
 def div(form: Form) -> Meaning:
-    approximate = {"approx", "full"} & {*form.left}
-    function = values.approximate_quotient if approximate else np.divide
+    function = {
+        "approx": values.approximate_quotient,
+        "full": values.full_range_quotient,
+        None: np.divide,
+    }[form.take("approx", "full")]
     return _numbers(function, values.quotient)(form)
 
 
@@ -563,13 +566,13 @@ def redux(form: Form) -> Meaning:
     def gather(program, access, a, members):
         program.members_are_here(members, access)
         found = a.copy()
-        for first in range(0, program.threads, 32):
-            for mask in np.unique(members[first : first + 32]):
-                lanes = first + np.flatnonzero(int(mask) >> np.arange(32) & 1)
-                total = a[lanes[:1]]
-                for lane in lanes[1:]:
-                    total = join(total, a[lane : lane + 1])
-                found[lanes] = total
+        mine = np.stack((access.threads // 32 * 32, members[access.threads]), 1)
+        for first, mask in np.unique(mine, axis=0):
+            lanes = first + np.flatnonzero(int(mask) >> np.arange(32) & 1)
+            total = a[lanes[:1]]
+            for lane in lanes[1:]:
+                total = join(total, a[lane : lane + 1])
+            found[lanes] = total
         return found
 
     return Meaning(gather, (32,), effect=True)
@@ -577,12 +580,15 @@ def redux(form: Form) -> Meaning:
 
 @_in_table
 def bar(form: Form) -> Meaning:
-    """bar.warp.sync; a barrier of the whole program ends a block, and machine.py has it."""
+    """bar.warp.sync; a barrier of the whole program ends a block, and machine.py has it.
+
+    Where a part of a warp meets, nothing is known of the order: less than the manual promises.
+    """
     form.need("warp"), form.need("sync")
 
     def meet(program, access, members):
         program.members_are_here(members, access)
-        program.clock.meeting(np.unique(access.threads // 32))
+        program.clock.meeting(np.bincount(access.threads // 32) == 32)
 
     return Meaning(meet, (32,), effect=True, results=False)
 

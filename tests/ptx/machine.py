@@ -12,7 +12,7 @@ import numpy as np
 
 from .instructions import Step, bound
 from .memory import Access, Extent, Global, Scratch, Shared
-from .parse import Instruction, Name, Number, Operand, Register, parsed
+from .parse import Instruction, Kernel, Name, Number, Operand, Register, parsed
 from .races import Clock, Report
 from .values import UNSIGNED
 
@@ -26,10 +26,10 @@ _POISON = {8: 0xEE, 16: 0xFFEE, 32: 0xFFEEDEAD, 64: 0xFFF8DEADBEEFDEAD}
 class RegisterFile:
     """Arrays of one element for each thread: declared registers, then constants and parameters."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self.threads, self.parameters = kernel.threads, kernel.parameters
         self.arrays = [self._poison(register.bits) for register in kernel.registers]
-        self.numbers: dict[Number | tuple[int, int], int] = {}
+        self.numbers: dict[tuple[int, int], int] = {}
         self.names: dict[str, int] = {}
         thread = np.arange(self.threads, dtype=np.uint32)
         self._add("%tid.x", thread)
@@ -110,7 +110,7 @@ class Translated:
         self.places = list(numbers)
 
     @staticmethod
-    def _target(kernel: Any, end: Instruction | None) -> int:
+    def _target(kernel: Kernel, end: Instruction | None) -> int:
         """The block that a jump goes to; behind the last one the program has ended."""
         if end is None or end.opcode in ("ret", "exit"):
             return len(kernel.blocks)

@@ -15,6 +15,7 @@ from .values import UNSIGNED
 
 Array = np.ndarray
 POISON = 0xA5
+MOST_GRANULES = 1 << 26  # of a tensor that is watched: of larger ones only a part exists
 
 
 class Width(NamedTuple):
@@ -30,12 +31,14 @@ class Width(NamedTuple):
 
 
 class Access(NamedTuple):
+    """Which threads run an instruction, and which place of the report it has."""
+
     threads: Array
     place: int
 
 
 class Extent(NamedTuple):
-    """Global memory that a kernel may touch. `unwritten` as in Shadow, from `begin` on."""
+    """Global memory that a kernel may touch."""
 
     begin: int
     end: int
@@ -43,7 +46,7 @@ class Extent(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory that was allocated for kernels to fill: `unwritten` has a byte for each of its own."""
+    """Memory that was allocated for kernels to fill. `unwritten` as in Shadow, from `begin` on."""
 
     begin: int
     unwritten: Array
@@ -198,15 +201,18 @@ class Global(Space):
         self.extents = [Extent(*piece) for piece in merged(extents)]
         self.begins = np.array([extent.begin for extent in self.extents], np.uint64)
         self.ends = np.array([extent.end for extent in self.extents], np.uint64)
-        self.shadows: list[tuple[Shadow, int]] = []
-        for extent in self.extents if clock is not None else ():
-            first, last = extent.begin // granule, -(-extent.end // granule)
+        self.shadows: list[tuple[Shadow, int] | None] = []
+        for begin, end, name in self.extents if clock is not None else ():
+            first, last = begin // granule, -(-end // granule)
+            if last - first > MOST_GRANULES:
+                self.shadows.append(None)
+                continue
             unwritten = None
             for piece in scratch:
                 offset = first * granule - piece.begin
                 if 0 <= offset < len(piece.unwritten):
                     unwritten = piece.unwritten[offset : last * granule - piece.begin]
-            shadow = Shadow(extent.name, last - first, clock, report, unwritten)
+            shadow = Shadow(name, last - first, clock, report, unwritten)
             self.shadows.append((shadow, first))
 
     def _which(self, addresses: Array) -> Array:
@@ -234,9 +240,7 @@ class Global(Space):
         if not self.shadows:
             return
         low, high = self._which(np.array([addresses.min(), addresses.max()]))
-        if low == high:
-            yield *self.shadows[low], slice(None)
-            return
-        which = self._which(addresses)
-        for number in np.unique(which):
-            yield *self.shadows[number], which == number
+        which = None if low == high else self._which(addresses)
+        for number in [low] if which is None else np.unique(which):
+            if self.shadows[number] is not None:
+                yield *self.shadows[number], slice(None) if which is None else which == number

@@ -57,7 +57,7 @@ class Clock:
 
     def meeting(self, warps: Array) -> None:
         self.now += 1
-        self.last_meeting[warps] = self.now
+        self.last_meeting[np.flatnonzero(warps)] = self.now
 
 
 class Shadow:

@@ -189,27 +189,29 @@ def rounded_to_integer(values: Array, how: Function, of: Type) -> Array:
     return np.where(np.isnan(whole), UNSIGNED[bits](of_nan), unsigned(found))
 
 
-# Approximations. The function in float64, the error allowed, and where there is none at all.
+# Approximations. The function in float64, and the error that the manual allows.
 
-_ULP = 2.0**-23
 NOISE = True  # without it an approximation is the function, rounded once
 
 
 class Approximation(NamedTuple):
-    exact: Callable[[Array], Array]
+    function: Callable[[Array], Array]
+    ulps: float = 0.0
     relative: float = 0.0
-    absolute: float = 0.0
-    # for arguments between these the error is absolute, elsewhere relative
-    around: tuple[float, float] = (0.0, 0.0)
+    absolute: float = 0.0  # in place of it for arguments between 1/2 and 2
 
 
 APPROXIMATIONS = {
-    "ex2": Approximation(np.exp2, relative=2 * _ULP),
-    "lg2": Approximation(np.log2, relative=2.0**-22, absolute=2.0**-22, around=(0.5, 2.0)),
-    "rcp": Approximation(np.reciprocal, relative=_ULP),
+    "ex2": Approximation(np.exp2, ulps=2),
+    "lg2": Approximation(np.log2, relative=2.0**-22, absolute=2.0**-22),
+    "rcp": Approximation(np.reciprocal, ulps=1),
     "sqrt": Approximation(np.sqrt, relative=2.0**-23),
     "rsqrt": Approximation(lambda x: 1 / np.sqrt(x), relative=2.0**-22.9),
 }
+
+
+def _ulps(exact: Array) -> Array:
+    return np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
 
 
 def _share(*arguments: Array) -> Array:
@@ -226,17 +228,18 @@ def _with_error(exact: Array, error: Array, share: Array) -> Array:
     if not NOISE:
         return found
     # rounding takes half a unit of what is allowed
-    spared = np.maximum(error - np.spacing(np.abs(found)) / 2, 0)
-    wrong = (exact + share * spared).astype(np.float32)
+    wrong = (exact + share * np.maximum(error - _ulps(exact) / 2, 0)).astype(np.float32)
     return np.where(np.isfinite(found) & (np.abs(exact) >= 2.0**-126), wrong, found)
 
 
 def approximation(name: str) -> Function:
-    function, relative, absolute, (low, high) = APPROXIMATIONS[name]
+    function, ulps, relative, absolute = APPROXIMATIONS[name]
 
     def compute(x: Array) -> Array:
         exact = function(x.astype(np.float64))
-        error = np.where((x > low) & (x < high), absolute, relative * np.abs(exact))
+        error = ulps * _ulps(exact) + relative * np.abs(exact)
+        if absolute:
+            error = np.where((x > 0.5) & (x < 2), absolute, error)
         # an exponent that is whole needs no approximation
         error = np.where(x == np.round(x), 0, error) if name == "ex2" else error
         return _with_error(exact, error, _share(x))
@@ -244,16 +247,22 @@ def approximation(name: str) -> Function:
     return compute
 
 
-def approximate_quotient(a: Array, b: Array) -> Array:
+def full_range_quotient(a: Array, b: Array) -> Array:
     exact = a.astype(np.float64) / b
-    return _with_error(exact, 2 * _ULP * np.abs(exact), _share(a, b))
+    return _with_error(exact, 2 * _ulps(exact), _share(a, b))
+
+
+def approximate_quotient(a: Array, b: Array) -> Array:
+    """By a reciprocal, which of the largest numbers is zero."""
+    large = np.abs(b) > 2.0**126
+    return np.where(large, a * np.copysign(np.float32(0), b), full_range_quotient(a, b))
 
 
 def gross_reciprocal(bits: Array) -> Array:
     """rcp.approx.ftz.f64: the upper half alone, of what it is given and of what it returns."""
     upper = np.uint64(0xFFFFFFFF << 32)
-    given = flushed((bits & upper).view(np.float64))
-    return _float64(flushed(1 / given)) & upper
+    found = flushed(1 / flushed((bits & upper).view(np.float64)))
+    return np.where(np.isnan(found), np.uint64(0x7FFFFFFF << 32), found.view(np.uint64) & upper)
 
 
 # Integers
