@@ -9,12 +9,13 @@ programs and in shared memory, reads of memory that a launcher allocated and no 
 barriers and shuffles of which lanes are missing. A finding fails the run, and so does an access
 outside of the tensors or a misaligned one.
 
-EMU_SEED=1 takes the random orders of another run, EMU_NOISE=0 lets approximations err by nothing,
-EMU_RACE=0 looks for no races and unwritten memory.
+EMU_SEED takes the random orders of another run, which names its own at the end. EMU_NOISE=0 lets
+approximations err by nothing, EMU_RACE=0 looks for no races and no unwritten memory.
 """
 
 import dataclasses
 import os
+import secrets
 import struct
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 TARGET = GPUTarget("cuda", int(os.environ.get("EMU_ARCH", "90")), 32)
-SEED = int(os.environ.get("EMU_SEED", "0"))
+SEED = int(os.environ.get("EMU_SEED") or secrets.randbelow(1 << 32))
 RANDOM = np.random.default_rng(SEED)
 RACES = os.environ.get("EMU_RACE", "1") == "1"
 values.NOISE = os.environ.get("EMU_NOISE", "1") == "1"
@@ -179,4 +180,6 @@ def pytest_terminal_summary(terminalreporter):
     for text, count in sorted(FINDINGS.items()):
         terminalreporter.write_line(f"{count:7d} {text}")
     kernels = {name: len(hashes) for name, hashes in COMPILED.items()}
-    terminalreporter.write_line(f"programs: {dict(PROGRAMS)}; kernels compiled: {kernels}")
+    terminalreporter.write_line(
+        f"EMU_SEED={SEED}; programs: {dict(PROGRAMS)}; kernels compiled: {kernels}"
+    )

@@ -257,12 +257,14 @@ _ORDER: dict[str, Function] = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
+_OF_UNSIGNED = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
 _LOGIC: dict[str, Function] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def _comparison(form: Form, of: Type) -> Function:
     if not of.floating:
-        order = _ORDER[form.need(*_ORDER)]
+        orders = _ORDER if of.signed else _ORDER | _OF_UNSIGNED
+        order = orders[form.need(*orders)]
         return lambda a, b: order(numbers(a, of), numbers(b, of))
     name = form.need(*_ORDER, *(f"{name}u" for name in _ORDER), "num", "nan")
     flush = values.flushed if form.take("ftz") else lambda x: x
@@ -282,8 +284,8 @@ def _comparison(form: Form, of: Type) -> Function:
 def setp(form: Form) -> Meaning:
     """One predicate; with a second result its opposite, or of two parts one of each."""
     of = form.type()
-    compare, logic = _comparison(form, of), _LOGIC.get(form.take(*_LOGIC) or "")
-    two = len(form.first) == 2
+    compare, two = _comparison(form, of), len(form.first) == 2
+    logic = None if of.part else _LOGIC.get(form.take(*_LOGIC) or "")
 
     def compute(a, b, other=None):
         found = compare(a, b)
@@ -539,7 +541,7 @@ def shfl(form: Form) -> Meaning:
         if known[0] is not by or known[1] is not bounds:
             known[:] = by, bounds, *_source_lanes(mode, program.lanes, by, bounds)
         source, inside = known[2:]
-        program.members_are_here(members, access, source)
+        program.check_members(members, access, source)
         found = a[program.first_of_warp + source]
         return (found, inside) if two else found
 
@@ -564,7 +566,7 @@ def redux(form: Form) -> Meaning:
             return unsigned(function(numbers(a, of), numbers(b, of)))
 
     def gather(program, access, a, members):
-        program.members_are_here(members, access)
+        program.check_members(members, access)
         found = a.copy()
         mine = np.stack((access.threads // 32 * 32, members[access.threads]), 1)
         for first, mask in np.unique(mine, axis=0):
@@ -587,7 +589,7 @@ def bar(form: Form) -> Meaning:
     form.need("warp"), form.need("sync")
 
     def meet(program, access, members):
-        program.members_are_here(members, access)
+        program.check_members(members, access)
         program.clock.meeting(np.bincount(access.threads // 32) == 32)
 
     return Meaning(meet, (32,), effect=True, results=False)

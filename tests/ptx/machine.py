@@ -165,10 +165,10 @@ class Program:
         self._lanes_missing((lanes > 0) & (lanes < 32), access)
         return lanes > 0
 
-    def members_are_here(self, members: Array, access: Access, source: Array | None = None) -> None:
-        """All lanes that an instruction of a warp names, itself among them, have come to it.
+    def check_members(self, members: Array, access: Access, source: Array | None = None) -> None:
+        """That a lane has not come which an instruction of its warp names is a finding.
 
-        `source`: the lane that each one reads, which has to be named too.
+        It has to name itself, and `source`, the lane that each one reads.
         """
         if len(access.threads) == self.threads and not (members != 0xFFFFFFFF).any():
             return
