@@ -457,6 +457,43 @@ def test_scratch_is_written_by_an_earlier_launch():
     assert "read of memory that nobody wrote" in next(iter(findings))
 
 
+def test_several_tensors():
+    """An instruction that accesses two of them, the gap between them, and two that overlap."""
+    memory = np.zeros(256, np.uint32)
+    begin = memory.ctypes.data
+    body = """
+        selp.b64 %rd4, {}, 0, %p1;
+        add.s64 %rd4, %rd2, %rd4;
+        st.global.b32 [%rd4], %r2;
+    """
+
+    def findings(offset, *pieces):
+        extents = [ptx.Extent(begin + 4 * i, begin + 4 * j, name) for i, j, name in pieces]
+        found = Counter()
+        ptx.launch(kernel(body.format(offset)), (2, 1, 1), [begin, 0], extents, found)
+        return sorted(found)
+
+    apart = ((128, 256, "high"), (0, 64, "low"))
+    said = "two writes by two programs: wrong, {} at lines.py:3:5 after lines.py:3:5"
+    assert findings(512, *apart) == [said.format("high"), said.format("low")]
+    with pytest.raises(ptx.Fault, match="thread 0 accesses 4 bytes .* outside of all tensors"):
+        findings(256, *apart)
+    assert findings(0, (16, 17, "b"), (0, 64, "a")) == [said.format("a|b")]
+    assert findings(0, (16, 64, "b"), (0, 17, "a")) == [said.format("a|b")]
+
+
+def test_the_place_of_what_was_inlined():
+    memory = np.zeros(64, np.uint32)
+    begin = memory.ctypes.data
+    text = kernel("st.global.b32 [%rd1], %r1;").replace(
+        " 1 1 5 //", " 1 1 5, function_name $L__info_string0, inlined_at 1 90 30 //"
+    )
+    extents, findings = [ptx.Extent(begin, begin + memory.nbytes, "memory")], Counter()
+    ptx.launch(text, (1, 1, 1), [begin, 0], extents, findings)
+    said = "an instruction stores two values at once: wrong, at lines.py:1:5 in kernels.py:90"
+    assert list(findings) == [said]
+
+
 def test_a_tensor_of_which_most_is_not_there():
     memory = np.zeros(64, np.uint32)
     begin = memory.ctypes.data

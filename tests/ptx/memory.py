@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .races import Clock, Report, Shadow, merged
+from .races import Clock, Report, Shadow
 from .values import UNSIGNED
 
 Array = np.ndarray
@@ -188,6 +188,17 @@ class _Process:
 _EVERYTHING = {bits // 8: np.asarray(_Process(dtype)) for bits, dtype in UNSIGNED.items()}
 
 
+def _merged(pieces: list[Extent]) -> list[Extent]:
+    """In order; those that overlap as one, with both names."""
+    found: list[Extent] = []
+    for begin, end, name in sorted(pieces):
+        if found and begin < found[-1][1]:
+            first, last, names = found.pop()
+            begin, end, name = first, max(last, end), f"{names}|{name}"
+        found.append(Extent(begin, end, name))
+    return found
+
+
 class Global(Space):
     def __init__(
         self,
@@ -198,7 +209,7 @@ class Global(Space):
         report: Report,
     ) -> None:
         super().__init__(granule, report)
-        self.extents = [Extent(*piece) for piece in merged(extents)]
+        self.extents = _merged(extents)
         self.begins = np.array([extent.begin for extent in self.extents], np.uint64)
         self.ends = np.array([extent.end for extent in self.extents], np.uint64)
         self.shadows: list[tuple[Shadow, int] | None] = []

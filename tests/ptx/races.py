@@ -8,7 +8,6 @@ start of this program is another program's.
 """
 
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -80,6 +79,7 @@ class Shadow:
         # of each granule the last writer; the first reader, the last, and the last of another
         # warp than that: one of these conflicts with a write if any reader of this launch does
         self.writer, self.first, self.latest, self.other = np.zeros((4, size), np.int64)
+        # a number for each granule, of its bytes
         self.unwritten = None if unwritten is None else unwritten.view(f"u{len(unwritten) // size}")
 
     def read(self, granules: Array, threads: Array, place: int) -> None:
@@ -116,13 +116,10 @@ class Shadow:
         self, kind: str, stamps: Array, threads: Array, place: int, harmless: Array | None = None
     ) -> None:
         clock = self.clock
-        recent = stamps >= clock.last_barrier << _TIME
-        if harmless is not None:
-            recent &= ~harmless
+        counted = True if harmless is None else ~harmless
+        recent = counted & (stamps >= clock.last_barrier << _TIME)
         if not self.private:
-            foreign = (stamps > 0) & (stamps < clock.started << _TIME)
-            if harmless is not None:
-                foreign &= ~harmless
+            foreign = counted & (stamps > 0) & (stamps < clock.started << _TIME)
             if foreign.any():
                 self._tell(f"{kind} by two programs", place, stamps[foreign])
         if not recent.any():
@@ -166,14 +163,3 @@ class Shadow:
             self.latest[granules[missed & same_warp]] |= _SEVERAL
             elsewhere = missed & ~same_warp
             self.other[granules[elsewhere]] = stamps[elsewhere]
-
-
-def merged(pieces: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """(begin, end, name), in order; those that overlap as one, with both names."""
-    found: list[tuple[int, int, str]] = []
-    for begin, end, name in sorted(pieces):
-        if found and begin < found[-1][1]:
-            first, last, names = found.pop()
-            begin, end, name = first, max(last, end), f"{names}|{name}"
-        found.append((begin, end, name))
-    return found
