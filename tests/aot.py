@@ -217,6 +217,14 @@ def tuning_cases() -> list[Case]:
 
 
 def compile_case(case: Case, architecture: int) -> sass.Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled(case, architecture).asm["cubin"])
+        file.flush()
+        (report,) = sass.read(Path(file.name)).values()
+    return report
+
+
+def compiled(case: Case, architecture: int) -> Any:
     module = module_of(case.kernel)
     stem = r"^(plif|threshold|labels|cosine|reduce|tail)_"
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
@@ -241,12 +249,7 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=launch)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        (report,) = sass.read(Path(file.name)).values()
-    return report
+    return triton.compile(source, target=target, options=launch)
 
 
 # They depend on the data: the range of the bound in bfloat16 keys is some 2^10 wide.

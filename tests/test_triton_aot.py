@@ -18,6 +18,7 @@ if subjects.INTERPRETING:
     pytest.skip("TRITON_INTERPRET replaces the compiler", allow_module_level=True)
 
 import aot  # noqa: E402  (imports triton)
+from ptx import parse  # noqa: E402
 
 RECORDED = aot.recorded_cases()
 UNALIGNED = [aot.Case("fwd", dtype, 50257, 20, aligned=False) for dtype in aot.TYPES]
@@ -277,6 +278,28 @@ def test_a_new_problem_compiles_nothing_new() -> None:
         for num_classes in (1000, 5000, 32000, 128256):
             options = [aot.Case(name, "bfloat16", num_classes, k).options() for k in bucket]
             assert all(other == options[0] for other in options)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("classes", [256, 5000], ids=["one_warp", "warps"])
+@pytest.mark.parametrize("kernel", [*aot.TAIL, "threshold_fwd", "labels_fwd", "plif_ce_fwd"])
+def test_lanes_of_a_warp_sum_alike(kernel: str, classes: int, aligned: bool) -> None:
+    """In no sum of lanes is a product, rounded for the other lanes, added unrounded to theirs: each
+    lane would end with another sum, and with other draws or another cut.
+    """
+    text = aot.compiled(aot.Case(kernel, "bfloat16", classes, classes, aligned), 90).asm["ptx"]
+    of_others, sums = set(), 0
+    for block in parse.parsed(text).blocks:
+        for instruction in block.instructions:
+            first, *rest = instruction.operands or (None,)
+            if instruction.opcode == "shfl":
+                of_others.add(first if isinstance(first, parse.Register) else first[0])
+            elif instruction.opcode == "mov" and rest[0] in of_others:
+                of_others.add(first)
+            elif instruction.opcode in ("add", "fma") and "f32" in instruction.modifiers:
+                sums += rest[-1] in of_others
+                assert instruction.opcode == "add" or rest[-1] not in of_others, instruction.text
+    assert sums >= 5
 
 
 def test_records_are_of_the_table() -> None:

@@ -42,7 +42,7 @@ from .rows import (
     store_tile,
     tile,
 )
-from .softmax import absorb, exp_or_zero, lane_options, sum_beside_maximum
+from .softmax import absorb, exp_or_zero, lane_options, sum_over_lanes
 
 
 @triton.jit
@@ -169,8 +169,7 @@ def _fwd_kernel(
         lower_edge, higher_edge, more_edge = _extremes(x_edge, label_edge, 0)
         row_low, row_high = tl.minimum(row_low, lower_edge), tl.maximum(row_high, higher_edge)
         row_positives += more_edge
-    row_base, total = sum_beside_maximum(largest, total, row_max)
-    row_total = tl.sum(total, 0)
+    row_base, row_total = sum_over_lanes(largest, total, row_max)
     if not ALIGNED:
         row_total += tl.sum(exp_or_zero(x_edge - row_base), 0)
 

@@ -49,7 +49,7 @@ from .rows import (
     tile,
     warps,
 )
-from .softmax import absorb, lane_options, sum_beside_maximum
+from .softmax import absorb, lane_options, sum_over_lanes
 from .topk_ce import topk_ce_fwd
 
 # Elements of a program of the function alone.
@@ -197,8 +197,7 @@ def _ce_fwd_kernel(
         f = _values(x, here, slopes_ptr, offsets_ptr, bound, rate, K)
         largest, total = absorb(largest, total, f, 1)
     row_max = tl.reduce(largest, 0, max_nan)
-    _, total = sum_beside_maximum(largest, total, row_max)
-    row_total = tl.sum(total, 0)
+    _, row_total = sum_over_lanes(largest, total, row_max)
     at_edge, at_edges = edges(head, chunks, V, C)
     if not ALIGNED:
         x_edge = tl.load(row_ptr + at_edge, mask=at_edges, other=0.0)

@@ -32,6 +32,17 @@ def sum_beside_maximum(largest, total, new_largest):
 
 
 @triton.jit
+def sum_over_lanes(largest, total, row_max):
+    """The sums of all lanes as one, relative to `row_max`: the same number in each of them.
+
+    Without the maximum the product of a lane becomes one instruction with the first addition of
+    another's, which had its own rounded: lanes of a warp would differ in the last bit.
+    """
+    base, total = sum_beside_maximum(largest, total, row_max)
+    return base, tl.sum(max_nan(total, 0.0), 0)
+
+
+@triton.jit
 def absorb(largest, total, x, AXIS: tl.constexpr):
     """Maxima, and sums of exponentials relative to them, with more logits along AXIS."""
     above = max_nan(largest, tl.reduce(x, AXIS, max_nan))
@@ -66,13 +77,12 @@ def softmax_of(
         largest, total = absorb(largest, total, x.to(tl.float32), 1)
     row_max = tl.reduce(largest, 0, max_nan)
     if ALIGNED:
-        _, total = sum_beside_maximum(largest, total, row_max)
-        return row_max, tl.sum(total, 0)
+        return row_max, sum_over_lanes(largest, total, row_max)[1]
     at, inside = edges(head, chunks, V, C)
     x = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
     row_max = max_nan(row_max, tl.reduce(x, 0, max_nan))
-    base, total = sum_beside_maximum(largest, total, row_max)
-    return row_max, tl.sum(total, 0) + tl.sum(exp_or_zero(x - base), 0)
+    base, total = sum_over_lanes(largest, total, row_max)
+    return row_max, total + tl.sum(exp_or_zero(x - base), 0)
 
 
 def lane_options(itemsize: int, num_classes: int) -> dict[str, int]:
