@@ -312,8 +312,7 @@ _LAUNCHES = {
 
 @cache
 def _library() -> ctypes.CDLL:
-    kernels = sorted(emulation.KERNELS.glob("*.cu"))
-    library = ctypes.CDLL(str(emulation.build(emulation.HEADERS / "emulated.cpp", *kernels)))
+    library = ctypes.CDLL(str(emulation.build_kernels()))
     tables = ("plif_tables", "plif_scale", "plif_dslopes")
     for stem in ("topk_ce", "sparse_linear", "reduce", *tables):
         getattr(library, f"{stem}_scratch_bytes").restype = ctypes.c_int64

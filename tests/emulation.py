@@ -46,7 +46,8 @@ def build(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
     """The shared library of these sources, each a file of C++ or CUDA."""
     command = [*shlex.split(compiler() or "c++"), *FLAGS, *_sanitizer(), *flags]
     digest = hashlib.sha256(" ".join(command).encode())
-    headers = [path for folder in (KERNELS, HEADERS) for path in folder.glob("*.*h")]
+    folders = (KERNELS.parent, KERNELS, HEADERS)
+    headers = [path for folder in folders for path in folder.glob("*.*h")]
     for path in sorted({*headers, *sources}):
         digest.update(path.read_bytes())
     library = FOLDER / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
@@ -57,6 +58,11 @@ def build(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
         if not library.exists():
             _compile(command, sources, library)
     return library
+
+
+def build_kernels() -> Path:
+    """The shared library of all kernels."""
+    return build(HEADERS / "emulated.cpp", *sorted(KERNELS.glob("*.cu")))
 
 
 def _compile(command: list[str], sources: tuple[Path, ...], library: Path) -> None:
