@@ -51,6 +51,14 @@ PTX ?= tests/test_short_rows.py tests/test_reduce.py tests/test_tail.py
 ptx: $(VENV)/test
 	PYTHONPATH=tests SPARSE_CE_REQUIRE=triton $(BIN)/python -m pytest -q -p emulated_triton $(PTX) -m interpreter
 
+# What gpu-check selects of the CUDA kernels, on a device that tests/pretend_cuda.py pretends. With PRETEND other tests.
+.PHONY: pretend
+PRETEND ?= cuda-cuda and not 2_31 and not -float16 and (not test_sizes or \
+  33x5 or 257x21 or 1003x20 or 1003x129 or 5001x20 or 5001x300 or 5001x5001)
+pretend: $(VENV)/test
+	PYTHONPATH=tests SPARSE_CE_REQUIRE=cuda $(BIN)/python -m pytest -q -n $(WORKERS) -p pretend_cuda tests \
+	  --ignore-glob="*_aot.py" -k "$(PRETEND)"
+
 # Ahead of time, without a GPU: registers, spills, widths of loads and stores for every architecture.
 AOT ?= tests/test_triton_aot.py tests/test_cuda_aot.py
 aot: $(VENV)/test
