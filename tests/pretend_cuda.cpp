@@ -447,6 +447,13 @@ Tensor& set_storage(Tensor& self, at::Storage storage, c10::SymInt offset, SymIn
   return self;
 }
 
+Tensor& set_storage_flat(Tensor& self, at::Storage storage) {
+  const auto elements = static_cast<int64_t>(storage.nbytes() / self.itemsize());
+  self.unsafeGetTensorImpl()->set_storage_keep_dtype(storage);
+  self.unsafeGetTensorImpl()->set_sizes_contiguous({elements});
+  return self;
+}
+
 Tensor sparse_coo(int64_t sparse_dim, int64_t dense_dim, SymIntArrayRef size, const Tensor& indices,
                   const Tensor& values, Type, Layout, Device, Flag, Flag coalesced) {
   TORCH_CHECK(indices.is_cuda() && values.is_cuda(), "indices and values: expected one device");
@@ -476,6 +483,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", resize_);
   m.impl("copy_", copy_);
   m.impl("_local_scalar_dense", local_scalar);
+  m.impl("set_.source_Storage", set_storage_flat);
   m.impl("set_.source_Storage_storage_offset", set_storage);
 }
 

@@ -2,6 +2,7 @@
 
     make pretend
     PYTHONPATH=tests python -m pytest -p pretend_cuda tests -k cuda-cuda
+    PYTHONPATH=tests TRITON_INTERPRET=1 python -m pytest -p pretend_cuda tests -k triton-cuda
 
 The tensors of pretend_cuda.cpp say cuda:0 and lie in the memory of the processor. So the glue of
 csrc/cuda/bindings.cpp runs as it is, on emulated kernels, behind functions that see a GPU. What a
