@@ -173,6 +173,12 @@ TWINS = {
         r"an instruction stores two values at once: wrong, at lines.py:1:5",
         {"threads": 32},
     ),
+    "two_values_at_one_address_of_shared_memory": (
+        "st.shared.b32 [0], {};",
+        *("5", "%r1"),
+        r"an instruction stores two values at once: wrong, at lines.py:1:5",
+        {"threads": 32},
+    ),
     "scratch_read_before_it_is_written": (
         "{}\nld.global.b32 %r4, [%rd2];",
         *("st.global.b32 [%rd2], 0;", "mov.b32 %r4, 0;"),
@@ -1292,9 +1298,9 @@ REDUCTIONS = {
     "min.s32": min,
     "max.u32": lambda x: max(n & 0xFFFFFFFF for n in x),
     "min.u32": lambda x: min(n & 0xFFFFFFFF for n in x),
-    "and.b32": lambda x: math.prod([0]) + np.bitwise_and.reduce(x),
-    "or.b32": lambda x: np.bitwise_or.reduce(x),
-    "xor.b32": lambda x: np.bitwise_xor.reduce(x),
+    "and.b32": np.bitwise_and.reduce,
+    "or.b32": np.bitwise_or.reduce,
+    "xor.b32": np.bitwise_xor.reduce,
 }
 
 

@@ -61,8 +61,6 @@ def _offsets(width: Width, granule: int) -> Array:
 class Space:
     """Either memory. `granule`: bytes of the narrowest access of the kernel to it."""
 
-    one_value = True  # whether an instruction that stores two to one address is a finding
-
     def __init__(self, granule: int, report: Report) -> None:
         self.granule, self.report = granule, report
 
@@ -107,7 +105,7 @@ class Space:
             shadow.write(granules, threads, access.place, unchanged[chosen].ravel())
         for j, x in enumerate(found):
             words[first + j] = x
-            if self.one_value and (words[first + j] != x).any():
+            if (words[first + j] != x).any():
                 self.report.finding("an instruction stores two values at once", access.place)
 
     def add(
@@ -133,10 +131,6 @@ class Space:
 
 
 class Shared(Space):
-    # Triton's sums do so: all lanes of a warp store its total, and where the compiler fused a
-    # product with the first addition, the totals differ in their last bit
-    one_value = False
-
     def __init__(self, size: int, granule: int, clock: Clock | None, report: Report) -> None:
         super().__init__(granule, report)
         self.size = size
