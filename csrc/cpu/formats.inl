@@ -87,8 +87,8 @@ template <class Key> Key canonical(Key key) { return key == -1 ? Key{0} : key; }
 // e^x for x <= 0 or NaN within 1 ulp, branch-free so that the compiler vectorises a loop over it.
 inline float exp_nonpositive(float x) {
   const float clamped = x < -105.0f ? -105.0f : x;  // e^-105 is 0 in float32; a NaN passes
-  const float rounder =
-      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits, here beside the exponent of 2^64
+  const float rounder = 12582912.0f + (127 + 64);
   const float shifted = clamped * 1.44269504088896341f + rounder;
   const float n = shifted - rounder;
   float r = clamped - n * 0.693359375f;
@@ -100,13 +100,9 @@ inline float exp_nonpositive(float x) {
   p = p * r + 1.66666655e-1f;
   p = p * r + 5.00000012e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n in two factors: n reaches -151, below the smallest normal exponent
-  const int32_t e = Format<Dtype::f32>::bits(shifted) - Format<Dtype::f32>::bits(rounder);
-  const int32_t half = e >> 1;
-  const auto power = [](int32_t n) {
-    return Format<Dtype::f32>::value(static_cast<int32_t>(static_cast<uint32_t>(n + 127) << 23));
-  };
-  return p * power(half) * power(e - half);
+  // times 2^n, from 2^(n + 64): n reaches -151, below the smallest normal exponent
+  const uint32_t bits = static_cast<uint32_t>(Format<Dtype::f32>::bits(shifted));
+  return p * Format<Dtype::f32>::value(static_cast<int32_t>(bits << 23)) * 0x1p-64f;
 }
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
@@ -135,17 +131,33 @@ inline double log_from_1(double x) {
   return x < std::numeric_limits<double>::infinity() ? log_x : x;
 }
 
-// The sum of term(j) over j < width, in an order that is the same for every instruction set: kLanes partial sums, then pairs of them.
-template <class T, class Term> T sum_by_lanes(int64_t width, Term term) {
+// The first half of 2 COUNT lanes becomes what pairs of them combine to, and so on: with counts that a compiler knows.
+template <int COUNT, class T, class Combine> void halve_lanes(T* lanes, Combine combine) {
+  for (int lane = 0; lane < COUNT; ++lane) lanes[lane] = combine(lanes[lane], lanes[lane + COUNT]);
+  if constexpr (COUNT > 1) halve_lanes<COUNT / 2>(lanes, combine);
+}
+
+// term(j) of all j < width combined, beginning with `start`, in an order that is the same for every instruction set: kLanes partial
+// results, then pairs of them.
+template <class T, class Term, class Combine>
+T combine_by_lanes(int64_t width, T start, Term term, Combine combine) {
   constexpr int64_t kLanes = 32;
-  T sum[kLanes] = {};
+  T lanes[kLanes], rest[kLanes];
+  std::fill_n(lanes, kLanes, start);
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += term(j + lane);
-  for (int64_t lane = 0; j + lane < width; ++lane) sum[lane] += term(j + lane);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
-  return sum[0];
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      lanes[lane] = combine(lanes[lane], term(j + lane));
+  if (j < width) {
+    std::fill_n(rest, kLanes, start);
+    for (int64_t lane = 0; j + lane < width; ++lane) rest[lane] = term(j + lane);
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = combine(lanes[lane], rest[lane]);
+  }
+  halve_lanes<kLanes / 2>(lanes, combine);
+  return lanes[0];
+}
+template <class T, class Term> T sum_by_lanes(int64_t width, Term term) {
+  return combine_by_lanes(width, T{0}, term, std::plus<T>());
 }
 
 // The first `n` of a vector, and `rest` in its other lanes.

@@ -69,8 +69,12 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
       std::fill(below + count, below + width, kInfinity);
       std::fill(above + count, above + width, -kInfinity);
       positives += marked;
-      sides.low = least(sides.low, folded(below, width, least));
-      sides.high = most(sides.high, folded(above, width, most));
+      sides.low =
+          least(sides.low,
+                combine_by_lanes(width, kInfinity, [&](int64_t i) { return below[i]; }, least));
+      sides.high =
+          most(sides.high,
+               combine_by_lanes(width, -kInfinity, [&](int64_t i) { return above[i]; }, most));
       return count;
     };
     const Sums all = sums_of<D>(x, classes, sides.row_max, nullptr, false, look);
@@ -90,12 +94,16 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
       if (sides.from_below > -kInfinity) {
         for (int64_t i = 0; i < count; ++i) below[i] = kept[i] > y[i] ? z[i] : kInfinity;
         std::fill(below + count, below + width, kInfinity);
-        cut_negative = least(cut_negative, folded(below, width, least));
+        cut_negative =
+            least(cut_negative,
+                  combine_by_lanes(width, kInfinity, [&](int64_t i) { return below[i]; }, least));
       }
       if (sides.from_above < kInfinity) {
         for (int64_t i = 0; i < count; ++i) above[i] = (kept[i] & y[i]) ? z[i] : -kInfinity;
         std::fill(above + count, above + width, -kInfinity);
-        cut_positive = most(cut_positive, folded(above, width, most));
+        cut_positive =
+            most(cut_positive,
+                 combine_by_lanes(width, -kInfinity, [&](int64_t i) { return above[i]; }, most));
       }
       for (int64_t i = 0; i < count; ++i) {
         const T of_positive = -z[i] - sides.above_positives,
@@ -109,8 +117,8 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
       for (int64_t i = 0; i < count; ++i) below[i] = y[i] ? T{0} : z[i];
       std::fill(above + count, above + width, T{0});
       std::fill(below + count, below + width, T{0});
-      positive += folded(above, width, std::plus<T>());
-      negative += folded(below, width, std::plus<T>());
+      positive += sum_by_lanes<T>(width, [&](int64_t i) { return above[i]; });
+      negative += sum_by_lanes<T>(width, [&](int64_t i) { return below[i]; });
     }
     negative = sides.log_one_plus(negative, sides.above_negatives);
     positive = sides.log_one_plus(positive, sides.above_positives);

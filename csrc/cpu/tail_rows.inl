@@ -1,8 +1,9 @@
-// The kernel of tail, included by each simd_*.cpp. It looks at a row for the maximum and for the exponentials, as threshold_ce does
-// where all classes are kept, and keeps these: a number of four bytes per class, or of eight, in the second cache. The classes that
-// are no part of the tail become 0 there. A third look turns the others into units of 2^-52 and adds them up, by groups. A unit is
-// an integer that the exponential's own format holds, and a sum of them one that a double holds, so that no order of additions
-// matters. Draws ascend: one walk over the groups finds them all, and only groups in which there is a draw are looked into.
+// The kernel of tail, included by each simd_*.cpp. The list begins with the row's maximum. A look at the row finds the exponentials,
+// as threshold_ce does where all classes are kept, and keeps them: a number of four bytes per class, or of eight, in the second
+// cache. The classes that are no part of the tail become 0 there. Another look turns the others into units of 2^-52 and adds them
+// up, by groups. A unit is an integer that the exponential's own format holds, and a sum of them one that a double holds, so that
+// no order of additions matters. Draws ascend: one walk over the groups finds them all, and only groups in which there is a draw
+// are looked into.
 #pragma once
 
 #include "threshold_ce_rows.inl"
@@ -24,6 +25,18 @@ template <class Units> void sums_by_group(Units units, double* sums) {
   for (int64_t i = 0; i < kGroups; ++i) sums[i] = parts[2 * i] + parts[2 * i + 1];
 }
 
+// The sums up to and with each of the numbers of a group, by runs: a row of additions as short as that goes beside others.
+template <class Units> void sums_within_group(Units units, double before, double* sums) {
+  constexpr int64_t kRuns = 4, kRun = kGroup / kRuns;
+  for (int64_t i = 0; i < kGroup; ++i) sums[i] = units(i);
+  for (int64_t i = 1; i < kRun; ++i)
+    for (int64_t run = 0; run < kGroup; run += kRun) sums[run + i] += sums[run + i - 1];
+  for (int64_t run = 0; run < kGroup; run += kRun) {
+    for (int64_t i = 0; i < kRun; ++i) sums[run + i] += before;
+    before = sums[run + kRun - 1];
+  }
+}
+
 template <Dtype D> void tail_rows(const Tail& a, int64_t begin, int64_t end) {
   using F = Format<D>;
   using Key = typename F::Key;
@@ -36,8 +49,8 @@ template <Dtype D> void tail_rows(const Tail& a, int64_t begin, int64_t end) {
   T* e = uniform ? exponentials.data() : nullptr;
   for (int64_t n = begin; n < end; ++n) {
     const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
-    const T row_max = value_of_key<D>(largest_key<D>(x, classes));
-    const Sums all = sums_of<D>(x, classes, row_max, nullptr, false, mark_all, e);
+    const T row_max = F::value(x[a.indices[n * a.k]]);
+    const Sums all = sums_of<D>(x, classes, row_max, nullptr, false, MarkAll{}, e);
     const T log_sum = static_cast<T>(std::log(all.exponentials));
     int32_t* draws = a.draws + n * a.samples;
     T* mass = static_cast<T*>(a.mass) + n;
@@ -68,17 +81,19 @@ template <Dtype D> void tail_rows(const Tail& a, int64_t begin, int64_t end) {
     if (!(stride > 0)) continue;
     *mass = static_cast<T>(total * 0x1p-52);
     const double first = std::floor(static_cast<double>(uniform[n]) * stride);
-    int64_t g = 0, i = 0;
-    double before = 0;  // the sum of the classes before the i-th
+    int64_t g = -1;
+    double last = 0, within[kGroup];  // the sum up to and with group g, and those of its classes
     for (int64_t j = 0; j < a.samples; ++j) {
       const double place = first + static_cast<double>(j) * stride;
-      if (sums[g] <= place) {
-        while (sums[g] <= place) ++g;
-        before = sums[g - 1];
-        i = g * kGroup;
+      if (last <= place) {
+        do last = sums[++g];
+        while (last <= place);
+        sums_within_group([&](int64_t i) { return units(g * kGroup + i); },
+                          g == 0 ? 0 : sums[g - 1], within);
       }
-      for (; before + units(i) <= place; ++i) before += units(i);
-      draws[j] = static_cast<int32_t>(i);
+      int32_t before = 0;
+      for (int64_t i = 0; i < kGroup; ++i) before += within[i] <= place;
+      draws[j] = static_cast<int32_t>(g * kGroup) + before;
     }
   }
 }

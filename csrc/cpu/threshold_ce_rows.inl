@@ -13,15 +13,6 @@ inline int64_t width_of(int64_t count) {
   return width;
 }
 
-// One number of `width` of them, in place: in halves, so that every sum is of few numbers, and every step a loop over lanes.
-template <class T, class Combine> T folded(T* x, int64_t width, Combine combine) {
-  for (int64_t half = width / 2; half > 16; half /= 2)
-    for (int64_t i = 0; i < half; ++i) x[i] = combine(x[i], x[i + half]);
-  T all = x[0];
-  for (int64_t i = 1; i < 32; ++i) all = combine(all, x[i]);
-  return all;
-}
-
 // The row's maximum as a key, NaN above all.
 template <Dtype D, class Key> Key largest_key(const Key* x, int64_t classes) {
   using V = Vector<Key>;
@@ -87,8 +78,10 @@ template <Dtype D, class Key> std::pair<Key, int64_t> kth_class(const Key* x, in
 }
 
 // Where all are kept nobody needs to know which.
-inline constexpr auto mark_all = [](const auto*, int64_t, int64_t count, int32_t*) {
-  return count;
+struct MarkAll {
+  template <class T> int64_t operator()(const T*, int64_t, int64_t count, int32_t*) const {
+    return count;
+  }
 };
 
 // Of a block of classes: 1 for those that are kept, 0 for the others. Returns how many are.
@@ -124,7 +117,7 @@ struct Sums {
 };
 
 // One look at the row. `mark` is given a block, whose logits it may map, and says how many of its classes are kept, and which.
-// Where `row` is not null the exponentials go there, those of blocks that keep nothing left out.
+// Where `row` is not null the exponentials go there, by whole blocks; those of blocks that keep nothing are left out.
 template <Dtype D, class Mark>
 Sums sums_of(const typename Format<D>::Key* x, int64_t classes,
              typename Format<D>::Statistic row_max, const typename Format<D>::Statistic* weight,
@@ -132,30 +125,39 @@ Sums sums_of(const typename Format<D>::Key* x, int64_t classes,
   using F = Format<D>;
   using T = typename F::Statistic;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  T z[kBlock], e[kBlock];
+  T z[kBlock], own[kBlock], w[kBlock];
   int32_t kept[kBlock];
   Sums sums;
   for (int64_t first = 0; first < classes; first += kBlock) {
-    const int64_t count = std::min(kBlock, classes - first);
-    for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
-    const int64_t marked = mark(z, first, count, kept);
-    sums.kept += marked;
-    if (marked == 0) continue;
-    for (int64_t i = 0; i < count; ++i) z[i] -= row_max;
-    if (smoothed)
-      for (int64_t i = 0; i < count; ++i) {
-        if (marked < count && !kept[i]) continue;
-        const double w = weight ? weight[first + i] : T{1};
-        sums.weights += w;
-        sums.spread -= w * z[i];
+    const int64_t count = std::min(kBlock, classes - first), width = width_of(count);
+    T* e = row ? row + first : own;
+    if (std::is_same_v<Mark, MarkAll> && count == kBlock && !smoothed) {
+      sums.kept += kBlock;
+      for (int64_t i = 0; i < kBlock; ++i) e[i] = exp_nonpositive(F::value(x[first + i]) - row_max);
+    } else {
+      for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
+      const int64_t marked = mark(z, first, count, kept);
+      sums.kept += marked;
+      if (marked == 0) continue;
+      for (int64_t i = 0; i < count; ++i) z[i] -= row_max;
+      if (smoothed) {
+        for (int64_t i = 0; i < count; ++i) w[i] = weight ? weight[first + i] : T{1};
+        if (marked < count)
+          for (int64_t i = 0; i < count; ++i) {
+            w[i] = kept[i] ? w[i] : T{0};
+            z[i] = kept[i] ? z[i] : T{0};
+          }
+        std::fill(w + count, w + width, T{0});
+        std::fill(z + count, z + width, T{0});
+        sums.weights += sum_by_lanes<double>(width, [&](int64_t i) { return double{w[i]}; });
+        sums.spread -= sum_by_lanes<double>(width, [&](int64_t i) { return double{w[i]} * z[i]; });
       }
-    if (marked < count)
-      for (int64_t i = 0; i < count; ++i) z[i] = kept[i] ? z[i] : -kInfinity;
-    const int64_t width = width_of(count);
-    for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
-    for (int64_t i = 0; i < width; ++i) e[i] = exp_nonpositive(z[i]);
-    if (row) std::copy_n(e, count, row + first);
-    sums.exponentials += folded(e, width, std::plus<T>());
+      if (marked < count)
+        for (int64_t i = 0; i < count; ++i) z[i] = kept[i] ? z[i] : -kInfinity;
+      for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
+      for (int64_t i = 0; i < width; ++i) e[i] = exp_nonpositive(z[i]);
+    }
+    sums.exponentials += sum_by_lanes<T>(width, [=](int64_t i) { return e[i]; });
   }
   return sums;
 }
@@ -188,7 +190,7 @@ void threshold_forward_rows(const ThresholdForward& a, int64_t begin, int64_t en
             return mark_kept(z, first, count, cut, cut_index, kept);
           });
     } else {
-      sums = sums_of<D>(x, classes, row_max, weight, smoothed, mark_all);
+      sums = sums_of<D>(x, classes, row_max, weight, smoothed, MarkAll{});
     }
     const double log_all = std::log(sums.exponentials);
     const double rest = std::exp(z_y - log_all) - a.delta;
@@ -271,18 +273,23 @@ void threshold_backward_rows(const ThresholdBackward& a, int64_t begin, int64_t 
     const T factor = static_cast<T>(share);
     for (int64_t first = 0; first < classes; first += kBlock) {
       const int64_t count = std::min(kBlock, classes - first);
-      for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
-      if (!dense) mark_kept(z, first, count, cut, cut_index, kept);
-      for (int64_t i = 0; i < count; ++i) z[i] = (z[i] - row_max) - log_sum;
-      if (!dense)
-        for (int64_t i = 0; i < count; ++i) z[i] = kept[i] ? z[i] : -kInfinity;
-      const int64_t width = width_of(count);
-      for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
-      for (int64_t i = 0; i < width; ++i) g[i] = exp_nonpositive(z[i]);
-      if (factor == 0)
-        std::fill_n(g, count, T{0});  // also where the probability is NaN
-      else
-        for (int64_t i = 0; i < count; ++i) g[i] *= factor;
+      if (dense && count == kBlock && factor != 0) {
+        for (int64_t i = 0; i < kBlock; ++i)
+          g[i] = exp_nonpositive((F::value(x[first + i]) - row_max) - log_sum) * factor;
+      } else {
+        for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
+        if (!dense) mark_kept(z, first, count, cut, cut_index, kept);
+        for (int64_t i = 0; i < count; ++i) z[i] = (z[i] - row_max) - log_sum;
+        if (!dense)
+          for (int64_t i = 0; i < count; ++i) z[i] = kept[i] ? z[i] : -kInfinity;
+        const int64_t width = width_of(count);
+        for (int64_t i = count; i < width; ++i) z[i] = -kInfinity;
+        for (int64_t i = 0; i < width; ++i) g[i] = exp_nonpositive(z[i]);
+        if (factor == 0)
+          std::fill_n(g, count, T{0});  // also where the probability is NaN
+        else
+          for (int64_t i = 0; i < count; ++i) g[i] *= factor;
+      }
       if (!dense && !std::isfinite(factor))
         for (int64_t i = 0; i < count; ++i) g[i] = kept[i] ? g[i] : T{0};
       if (spread != 0)
