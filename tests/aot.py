@@ -224,7 +224,8 @@ def compile_case(case: Case, architecture: int) -> sass.Report:
     return report
 
 
-def compiled(case: Case, architecture: int) -> Any:
+def compiled(case: Case, architecture: int | GPUTarget) -> Any:
+    """For a compute capability of NVIDIA's, or for another maker's target."""
     module = module_of(case.kernel)
     stem = r"^(plif|threshold|labels|cosine|reduce|tail)_"
     kernel = getattr(module, f"_{re.sub(stem, '', case.kernel)}_kernel")
@@ -248,8 +249,9 @@ def compiled(case: Case, architecture: int) -> Any:
         aligned = (i for i, kind in enumerate(signature.values()) if kind[0] == "*")
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=options, attrs=attributes)
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options=launch)
+    if isinstance(architecture, int):
+        architecture = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=architecture, options=launch)
 
 
 # They depend on the data: the range of the bound in bfloat16 keys is some 2^10 wide.
