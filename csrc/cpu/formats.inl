@@ -160,6 +160,13 @@ template <class T, class Term> T sum_by_lanes(int64_t width, Term term) {
   return combine_by_lanes(width, T{0}, term, std::plus<T>());
 }
 
+// A line of memory on its way to the cache: a hint that not every compiler takes.
+inline void fetch_line([[maybe_unused]] const void* p) {
+#ifdef __GNUC__
+  __builtin_prefetch(p);
+#endif
+}
+
 // The first `n` of a vector, and `rest` in its other lanes.
 template <class Key> typename Vector<Key>::Register load_first(const Key* p, int64_t n, Key rest) {
   using V = Vector<Key>;

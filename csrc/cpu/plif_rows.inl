@@ -195,8 +195,8 @@ template <class T> struct ListForward {
   void expect(T z_y) const {
     int32_t cell;
     f.find(&z_y, 1, &cell);
-    __builtin_prefetch(f.slopes + cell);
-    __builtin_prefetch(f.offsets + cell);
+    fetch_line(f.slopes + cell);
+    fetch_line(f.offsets + cell);
   }
   void apply(int64_t n, T* z, int64_t steps, T& z_y) const {
     T* row = values + n * (k + 1);
@@ -233,7 +233,7 @@ template <class T> struct ListBackward {
   void prefetch(int64_t n) {
     const int64_t pairs = std::min(kBlock, k + 1);
     load(n, 0, pairs);
-    for (int64_t i = 0; i < pairs; ++i) __builtin_prefetch(f.slopes + cell[i]);
+    for (int64_t i = 0; i < pairs; ++i) fetch_line(f.slopes + cell[i]);
   }
   void differentiate(int64_t n, T* g, bool finite) {
     for (int64_t first = 0; first <= k; first += kBlock) {

@@ -58,7 +58,7 @@ template <class Key> int append(Wide<Key>* keys, int32_t* indices,
 // The beginning of a row that is read next is on its way meanwhile: a processor foresees a few lines of it at most.
 template <class Key> void prefetch_row(const Key* row, int64_t classes) {
   constexpr int64_t most = 16384 / sizeof(Key), line = 64 / sizeof(Key);
-  for (int64_t i = 0; i < std::min(classes, most); i += line) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < std::min(classes, most); i += line) fetch_line(row + i);
 }
 
 // A function's scratch, reused from row to row.

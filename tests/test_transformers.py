@@ -1,0 +1,87 @@
+"""What README shows for a model of transformers, in its Trainer: with k=None the training of the
+model's own loss.
+"""
+
+import re
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+import sparse_ce
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the package transformers is missing")
+pytest.importorskip("accelerate", reason="its Trainer needs the package accelerate")
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+CLASSES, LENGTH = 500, 20
+
+
+def shown(options: str) -> str:
+    """The lines of README, with these options of the head in place of its own."""
+    (block,) = re.findall(
+        r"^( {4}def forward\(self, input_ids.*?MethodType\(forward, model\)\n)", README, re.M | re.S
+    )
+    options_shown = r"k=20, normalizer=.*?tail_samples=64"
+    code, replaced = re.subn(options_shown, options, textwrap.dedent(block))
+    assert replaced == 1
+    return code
+
+
+def model_of(options: str | None, tied: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=CLASSES, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    if options is not None:
+        names = {"torch": torch, "types": types, "model": model}
+        head = {"SparseLinearCrossEntropy": sparse_ce.SparseLinearCrossEntropy}
+        exec(shown(options), names | head)
+    return model
+
+
+def trained(model: torch.nn.Module, folder: Path) -> tuple[dict[str, torch.Tensor], float]:
+    torch.manual_seed(1)
+    rows = torch.randint(0, CLASSES, (8, LENGTH))
+    labels = rows.masked_fill(torch.rand(rows.shape) < 0.3, -100)
+    mask = torch.ones(LENGTH, dtype=torch.int64)
+    data = [
+        {"input_ids": row, "labels": of_row, "attention_mask": mask}
+        for row, of_row in zip(rows, labels, strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-2, optim="sgd", seed=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", per_device_eval_batch_size=8,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    return model.state_dict(), trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_trainer(tied: bool, tmp_path: Path) -> None:
+    """Same weights, within what float32 rounds in three steps, and another loss for another k."""
+    wanted, loss = trained(model_of(None, tied), tmp_path)
+    found, found_loss = trained(model_of("k=None", tied), tmp_path)
+    assert found.keys() == wanted.keys()
+    start = model_of(None, tied).state_dict()
+    for name, weight in wanted.items():
+        moved = (weight - start[name]).abs().max()
+        assert moved > 0
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-4 * moved.item())
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    sparse = trained(model_of("k=5", tied), tmp_path)[1]
+    assert sparse < 0.9 * loss  # of five classes, not of 500
+
+
+def test_generate() -> None:
+    prompt = torch.arange(5).unsqueeze(0)
+    wanted, found = (
+        model_of(options, False).generate(prompt, max_new_tokens=5, do_sample=False)
+        for options in (None, "k=20")
+    )
+    assert torch.equal(found, wanted)
