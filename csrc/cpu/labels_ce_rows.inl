@@ -53,6 +53,8 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
   const auto most = [](T x, T y) { return y > x ? y : x; };
   T z[kBlock], below[kBlock], above[kBlock];
   int32_t y[kBlock], kept[kBlock];
+  const auto of_below = [&](int64_t i) { return below[i]; };
+  const auto of_above = [&](int64_t i) { return above[i]; };
   for (int64_t n = begin; n < end; ++n) {
     const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
     const bool* labels = a.labels + n * classes;
@@ -69,12 +71,8 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
       std::fill(below + count, below + width, kInfinity);
       std::fill(above + count, above + width, -kInfinity);
       positives += marked;
-      sides.low =
-          least(sides.low,
-                combine_by_lanes(width, kInfinity, [&](int64_t i) { return below[i]; }, least));
-      sides.high =
-          most(sides.high,
-               combine_by_lanes(width, -kInfinity, [&](int64_t i) { return above[i]; }, most));
+      sides.low = combine_by_lanes(width, sides.low, of_below, least);
+      sides.high = combine_by_lanes(width, sides.high, of_above, most);
       return count;
     };
     const Sums all = sums_of<D>(x, classes, sides.row_max, nullptr, false, look);
@@ -94,16 +92,12 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
       if (sides.from_below > -kInfinity) {
         for (int64_t i = 0; i < count; ++i) below[i] = kept[i] > y[i] ? z[i] : kInfinity;
         std::fill(below + count, below + width, kInfinity);
-        cut_negative =
-            least(cut_negative,
-                  combine_by_lanes(width, kInfinity, [&](int64_t i) { return below[i]; }, least));
+        cut_negative = combine_by_lanes(width, cut_negative, of_below, least);
       }
       if (sides.from_above < kInfinity) {
         for (int64_t i = 0; i < count; ++i) above[i] = (kept[i] & y[i]) ? z[i] : -kInfinity;
         std::fill(above + count, above + width, -kInfinity);
-        cut_positive =
-            most(cut_positive,
-                 combine_by_lanes(width, -kInfinity, [&](int64_t i) { return above[i]; }, most));
+        cut_positive = combine_by_lanes(width, cut_positive, of_above, most);
       }
       for (int64_t i = 0; i < count; ++i) {
         const T of_positive = -z[i] - sides.above_positives,
@@ -117,8 +111,8 @@ template <Dtype D> void labels_forward_rows(const LabelsForward& a, int64_t begi
       for (int64_t i = 0; i < count; ++i) below[i] = y[i] ? T{0} : z[i];
       std::fill(above + count, above + width, T{0});
       std::fill(below + count, below + width, T{0});
-      positive += sum_by_lanes<T>(width, [&](int64_t i) { return above[i]; });
-      negative += sum_by_lanes<T>(width, [&](int64_t i) { return below[i]; });
+      positive += sum_by_lanes<T>(width, of_above);
+      negative += sum_by_lanes<T>(width, of_below);
     }
     negative = sides.log_one_plus(negative, sides.above_negatives);
     positive = sides.log_one_plus(positive, sides.above_positives);
