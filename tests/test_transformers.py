@@ -2,12 +2,15 @@
 model's own loss.
 """
 
+import os
 import re
 import textwrap
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ranks
 import sparse_ce
 import torch
 
@@ -43,7 +46,10 @@ def model_of(options: str | None, tied: bool) -> torch.nn.Module:
     return model
 
 
-def trained(model: torch.nn.Module, folder: Path) -> tuple[dict[str, torch.Tensor], float]:
+def trained(
+    model: torch.nn.Module, folder: Path, count: int = 1, **options: Any
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Weights and the loss of evaluation, after three steps of eight rows on `count` ranks."""
     torch.manual_seed(1)
     rows = torch.randint(0, CLASSES, (8, LENGTH))
     labels = rows.masked_fill(torch.rand(rows.shape) < 0.3, -100)
@@ -53,13 +59,18 @@ def trained(model: torch.nn.Module, folder: Path) -> tuple[dict[str, torch.Tenso
         for row, of_row in zip(rows, labels, strict=True)
     ]
     arguments = transformers.TrainingArguments(
-        str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-2, optim="sgd", seed=1, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no", per_device_eval_batch_size=8,
+        str(folder), max_steps=3, per_device_train_batch_size=4 // count,
+        gradient_accumulation_steps=2, learning_rate=1e-2, optim="sgd", seed=1, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no",
+        per_device_eval_batch_size=8 // count, **options,
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
-    return model.state_dict(), trainer.evaluate()["eval_loss"]
+    weights = {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in model.state_dict().items()
+    }
+    return weights, trainer.evaluate()["eval_loss"]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -76,6 +87,31 @@ def test_trainer(tied: bool, tmp_path: Path) -> None:
     assert found_loss == pytest.approx(loss, rel=1e-6)
     sparse = trained(model_of("k=5", tied), tmp_path)[1]
     assert sparse < 0.9 * loss  # of five classes, not of 500
+
+
+def on_a_rank(rank: int, folder: Path, way: str) -> tuple[dict[str, torch.Tensor], float]:
+    # what torchrun would say of the group, which is there already
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+    }  # fmt: skip
+    options = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if way == "fsdp" else {}
+    return trained(model_of("k=5", True), folder / str(rank), 2, **options)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_trainer_of_two_ranks(way: str, tmp_path: Path) -> None:
+    """The same batches, each rank with its half of them: the same weights."""
+    if ranks.available("cpu") < 2:
+        pytest.skip("torch was built without gloo")
+    wanted, loss = trained(model_of("k=5", True), tmp_path)
+    start = model_of("k=5", True).state_dict()
+    for found, found_loss in ranks.run(2, "cpu", on_a_rank, tmp_path, way):
+        assert found.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            moved = (weight - start[name]).abs().max().item()
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-4 * moved)
+        assert found_loss == pytest.approx(loss, rel=1e-6)
 
 
 def test_generate() -> None:
