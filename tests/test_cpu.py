@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 CPU = Subject("cpu", "cpu")
-TOPK_CE = next(stem for stem in STEMS if stem.name == "topk_ce")
+TOPK_CE, THRESHOLD_CE = STEMS
 
 
 @pytest.fixture(params=["avx512", "avx2", "neon", "portable"])
@@ -48,6 +48,25 @@ def test_values(isa, stem, dtype, classes, k):
         logits = cases.logits(filler, 2, classes, dtype)
         call = Call(logits, cases.targets(logits, k), k, label_smoothing=0.1 * (k % 2))
         check(CPU, stem, call, "ab")
+
+
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_a_maximum_in_any_block(isa, dtype):
+    """The sums of the dense softmax are relative to the largest logit that came so far."""
+    block, classes = 512, 4 * 512 + 77
+    of_block = torch.arange(classes) // block
+    z = torch.randn(9, classes)
+    z[0] += 8 * of_block
+    z[1] -= 8 * of_block
+    z[2] += 100 * (of_block == 4)
+    z[3, of_block < 2] = -torch.inf
+    z[4, of_block != 1] = -torch.inf
+    z[5, -1], z[5, :-1] = 1.0, -torch.inf
+    z[6, 3] = torch.nan  # before larger ones
+    z[7, 1500] = torch.nan
+    z[8, 700] = torch.inf
+    target = torch.tensor([classes - 1, 0, classes - 1, 1024, 600, classes - 1, 0, 0, 0])
+    check(CPU, THRESHOLD_CE, Call(z.to(dtype), target, classes), "ab")
 
 
 @pytest.mark.parametrize("filler", ["random", "last_bits", "ties", "both_inf", "descending"])

@@ -145,6 +145,7 @@ template <Dtype D> void labels_backward_rows(const LabelsBackward& a, int64_t be
     const T cut_positive = static_cast<const T*>(a.cut_positive)[n];
     for (int64_t first = 0; first < classes; first += kBlock) {
       const int64_t count = std::min(kBlock, classes - first), width = width_of(count);
+      fetch_ahead(x + first, count);
       widen_labels(a.labels + n * classes + first, count, y);
       for (int64_t i = 0; i < count; ++i) z[i] = F::value(x[first + i]);
       for (int64_t i = 0; i < count; ++i) {

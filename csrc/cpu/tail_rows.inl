@@ -25,13 +25,14 @@ template <class Units> void sums_by_group(Units units, double* sums) {
   for (int64_t i = 0; i < kGroups; ++i) sums[i] = parts[2 * i] + parts[2 * i + 1];
 }
 
-// The sums up to and with each of the numbers of a group, by runs: a row of additions as short as that goes beside others.
-template <class Units> void sums_within_group(Units units, double before, double* sums) {
-  constexpr int64_t kRuns = 4, kRun = kGroup / kRuns;
-  for (int64_t i = 0; i < kGroup; ++i) sums[i] = units(i);
+// The sums up to and with each of some numbers, by runs: a row of additions as short as that goes beside others.
+template <int64_t kCount, class Numbers>
+void running_sums(Numbers numbers, double before, double* sums) {
+  constexpr int64_t kRuns = 4, kRun = kCount / kRuns;
+  for (int64_t i = 0; i < kCount; ++i) sums[i] = numbers(i);
   for (int64_t i = 1; i < kRun; ++i)
-    for (int64_t run = 0; run < kGroup; run += kRun) sums[run + i] += sums[run + i - 1];
-  for (int64_t run = 0; run < kGroup; run += kRun) {
+    for (int64_t run = 0; run < kCount; run += kRun) sums[run + i] += sums[run + i - 1];
+  for (int64_t run = 0; run < kCount; run += kRun) {
     for (int64_t i = 0; i < kRun; ++i) sums[run + i] += before;
     before = sums[run + kRun - 1];
   }
@@ -41,11 +42,12 @@ template <Dtype D> void tail_rows(const Tail& a, int64_t begin, int64_t end) {
   using F = Format<D>;
   using Key = typename F::Key;
   using T = typename F::Statistic;
-  const int64_t classes = a.logits.classes, blocks = (classes + kBlock - 1) / kBlock;
+  const int64_t classes = a.logits.classes, blocks = (classes + kBlock - 1) / kBlock,
+                groups = blocks * kGroups;
   const T* uniform = static_cast<const T*>(a.uniform);
   // whole blocks: what follows the last class stays 0
   std::vector<T> exponentials(uniform ? blocks * kBlock : 0);
-  std::vector<double> sums(uniform ? blocks * kGroups : 0);  // up to and with a group
+  std::vector<double> sums(uniform ? groups : 0);  // up to and with a group
   T* e = uniform ? exponentials.data() : nullptr;
   for (int64_t n = begin; n < end; ++n) {
     const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
@@ -72,9 +74,10 @@ template <Dtype D> void tail_rows(const Tail& a, int64_t begin, int64_t end) {
     const auto units = [=](int64_t i) { return static_cast<double>(std::trunc(e[i] * scale)); };
     double total = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-      double* of_block = sums.data() + b * kGroups;
-      sums_by_group([&](int64_t i) { return units(b * kBlock + i); }, of_block);
-      for (int64_t g = 0; g < kGroups; ++g) of_block[g] = total += of_block[g];
+      double of_groups[kGroups], *of_block = sums.data() + b * kGroups;
+      sums_by_group([&](int64_t i) { return units(b * kBlock + i); }, of_groups);
+      running_sums<kGroups>([&](int64_t i) { return of_groups[i]; }, total, of_block);
+      total = of_block[kGroups - 1];
     }
     // the quotient is no integer by rounding alone: it would be nearer to one than 1 / samples, of less than 2^53 in all
     const double stride = std::floor(total / static_cast<double>(a.samples));
@@ -86,10 +89,11 @@ template <Dtype D> void tail_rows(const Tail& a, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < a.samples; ++j) {
       const double place = first + static_cast<double>(j) * stride;
       if (last <= place) {
+        while (g + kGroups < groups && sums[g + kGroups] <= place) g += kGroups;
         do last = sums[++g];
         while (last <= place);
-        sums_within_group([&](int64_t i) { return units(g * kGroup + i); },
-                          g == 0 ? 0 : sums[g - 1], within);
+        running_sums<kGroup>([&](int64_t i) { return units(g * kGroup + i); },
+                             g == 0 ? 0 : sums[g - 1], within);
       }
       int32_t before = 0;
       for (int64_t i = 0; i < kGroup; ++i) before += within[i] <= place;

@@ -110,6 +110,15 @@ int64_t mark_near(const T* z, int64_t count, T row_max, T bound, int32_t* kept, 
   return marked;
 }
 
+// What blocks after the next will need, of this row or of what lies behind it, which is mostly the next one: exponentials take so
+// many instructions that a processor sees no more than the next lines before it needs them.
+template <class Key> void fetch_ahead(const Key* x, int64_t count) {
+  constexpr int64_t line = 64, ahead = 2048;
+  const auto address = reinterpret_cast<uintptr_t>(x) + ahead;
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(Key)); i += line)
+    fetch_line(reinterpret_cast<const void*>(address + i));
+}
+
 // Of exponentials relative to the maximum, and with weights where labels are smoothed.
 struct Sums {
   double exponentials = 0, spread = 0, weights = 0;
@@ -131,6 +140,7 @@ Sums sums_of(const typename Format<D>::Key* x, int64_t classes,
   for (int64_t first = 0; first < classes; first += kBlock) {
     const int64_t count = std::min(kBlock, classes - first), width = width_of(count);
     T* e = row ? row + first : own;
+    fetch_ahead(x + first, count);
     if (std::is_same_v<Mark, MarkAll> && count == kBlock && !smoothed) {
       sums.kept += kBlock;
       for (int64_t i = 0; i < kBlock; ++i) e[i] = exp_nonpositive(F::value(x[first + i]) - row_max);
@@ -162,6 +172,38 @@ Sums sums_of(const typename Format<D>::Key* x, int64_t classes,
   return sums;
 }
 
+// The same of all classes, without weights, and the row's maximum: where a block has a larger one, what there was is scaled down.
+template <Dtype D> Sums sums_of_all(const typename Format<D>::Key* x, int64_t classes,
+                                    typename Format<D>::Statistic& row_max) {
+  using F = Format<D>;
+  using T = typename F::Statistic;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  T e[kBlock];
+  Sums sums;
+  sums.kept = classes;
+  row_max = -kInfinity;
+  for (int64_t first = 0; first < classes; first += kBlock) {
+    const int64_t count = std::min(kBlock, classes - first), width = width_of(count);
+    fetch_ahead(x + first, count);
+    const T of_block = value_of_key<D>(largest_key<D>(x + first, count));
+    if (of_block > row_max || std::isnan(of_block)) {
+      sums.exponentials *= std::exp(static_cast<double>(row_max) - of_block);
+      row_max = of_block;
+    }
+    if (row_max == -kInfinity) continue;
+    if (count == kBlock) {
+      for (int64_t i = 0; i < kBlock; ++i) e[i] = exp_nonpositive(F::value(x[first + i]) - row_max);
+    } else {
+      for (int64_t i = 0; i < count; ++i) e[i] = F::value(x[first + i]) - row_max;
+      std::fill(e + count, e + width, -kInfinity);
+      for (int64_t i = 0; i < width; ++i) e[i] = exp_nonpositive(e[i]);
+    }
+    sums.exponentials += sum_by_lanes<T>(width, [&](int64_t i) { return e[i]; });
+  }
+  if (row_max == -kInfinity) sums.exponentials = std::numeric_limits<double>::quiet_NaN();
+  return sums;
+}
+
 template <Dtype D>
 void threshold_forward_rows(const ThresholdForward& a, int64_t begin, int64_t end) {
   using F = Format<D>;
@@ -173,25 +215,29 @@ void threshold_forward_rows(const ThresholdForward& a, int64_t begin, int64_t en
   std::vector<Key> keys;
   for (int64_t n = begin; n < end; ++n) {
     const Key* x = static_cast<const Key*>(a.logits.data) + a.logits.start(n);
-    const T row_max = value_of_key<D>(largest_key<D>(x, classes));
+    T row_max, cut = -std::numeric_limits<T>::infinity();
+    int64_t cut_index = classes - 1;
+    Sums sums;
+    if (a.k >= classes && !smoothed) {
+      sums = sums_of_all<D>(x, classes, row_max);
+    } else {
+      row_max = value_of_key<D>(largest_key<D>(x, classes));
+      if (a.k < classes) {
+        const auto [key, index] = kth_class<D>(x, classes, a.k, keys);
+        cut = value_of_key<D>(key);
+        cut_index = index;
+        sums = sums_of<D>(
+            x, classes, row_max, weight, smoothed,
+            [cut = cut, cut_index](const T* z, int64_t first, int64_t count, int32_t* kept) {
+              return mark_kept(z, first, count, cut, cut_index, kept);
+            });
+      } else {
+        sums = sums_of<D>(x, classes, row_max, weight, true, MarkAll{});
+      }
+    }
     const int64_t y = a.target[n];
     const bool hit = y >= 0 && y < classes;
     const double z_y = hit ? static_cast<double>(F::value(x[y])) - row_max : 0;
-    T cut = -std::numeric_limits<T>::infinity();
-    int64_t cut_index = classes - 1;
-    Sums sums;
-    if (a.k < classes) {
-      const auto [key, index] = kth_class<D>(x, classes, a.k, keys);
-      cut = value_of_key<D>(key);
-      cut_index = index;
-      sums = sums_of<D>(
-          x, classes, row_max, weight, smoothed,
-          [cut = cut, cut_index](const T* z, int64_t first, int64_t count, int32_t* kept) {
-            return mark_kept(z, first, count, cut, cut_index, kept);
-          });
-    } else {
-      sums = sums_of<D>(x, classes, row_max, weight, smoothed, MarkAll{});
-    }
     const double log_all = std::log(sums.exponentials);
     const double rest = std::exp(z_y - log_all) - a.delta;
     if (a.delta < 1 && hit && rest > 0) {
@@ -273,6 +319,7 @@ void threshold_backward_rows(const ThresholdBackward& a, int64_t begin, int64_t 
     const T factor = static_cast<T>(share);
     for (int64_t first = 0; first < classes; first += kBlock) {
       const int64_t count = std::min(kBlock, classes - first);
+      fetch_ahead(x + first, count);
       if (dense && count == kBlock && factor != 0) {
         for (int64_t i = 0; i < kBlock; ++i)
           g[i] = exp_nonpositive((F::value(x[first + i]) - row_max) - log_sum) * factor;
