@@ -258,6 +258,20 @@ def test_errors_of_accumulation(arguments, error, message):
         AdaptiveAccumulation(**arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (([True],), TypeError, "learnt: expected a torch.Tensor, got list"),
+        ((torch.zeros(3),), TypeError, "learnt: expected a bool tensor, got torch.float32"),
+        ((torch.ones(3).bool(), torch.ones(3)), TypeError, "counted: expected a bool tensor, got"),
+        ((torch.ones(3).bool(), torch.ones(2).bool()), ValueError, r"learnt, \(3,\), got \(2,\)"),
+    ],
+)  # fmt: skip
+def test_errors_of_steps(arguments, error, message):
+    with pytest.raises(error, match=message):
+        AdaptiveAccumulation().steps(*arguments)
+
+
 def test_a_row_of_nan_is_not_learnt(subject):
     """Of one class alone the target is all that is kept."""
     logits = torch.tensor([[torch.nan], [torch.inf], [1.0]], device=subject.device)

@@ -439,6 +439,24 @@ def accumulation(scale: float, max_steps: int) -> None:
         raise ValueError(f"max_steps: expected max_steps >= 1, got {max_steps}")
 
 
+def learnt(value: Tensor, counted: Tensor | None) -> None:
+    _mask("learnt", value)
+    if counted is None:
+        return
+    _mask("counted", counted)
+    if counted.shape != value.shape:
+        raise ValueError(
+            f"counted: expected the shape of learnt, {tuple(value.shape)}, got "
+            f"{tuple(counted.shape)}"
+        )
+
+
+def _mask(name: str, value: Tensor) -> None:
+    _dense(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, got {value.dtype}")
+
+
 def reduction(value: str) -> None:
     _choice("reduction", value, REDUCTIONS)
 

@@ -99,6 +99,7 @@ class AdaptiveAccumulation:
             learnt: bool, any shape: which rows are, ``AdaptiveSupport.learnt``.
             counted: bool, the same shape: which rows are not ignored; None: all.
         """
+        checks.learnt(learnt, counted)
         if self._done == 0:
             rows = int(learnt.numel() if counted is None else counted.sum())
             left = rows - int((learnt if counted is None else learnt & counted).sum())
