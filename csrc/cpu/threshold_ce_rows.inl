@@ -41,12 +41,19 @@ template <Dtype D, class Key> typename Format<D>::Statistic value_of_key(Key key
   return Format<D>::value(ordered(key));
 }
 
-// The place of the k-th largest class in the order (value desc, index asc): its key and its index. `keys` is scratch.
-template <Dtype D, class Key> std::pair<Key, int64_t> kth_class(const Key* x, int64_t classes,
-                                                                int64_t k, std::vector<Key>& keys) {
+// In the order (value desc, index asc) the key of the first class, and the k-th class: its key and its index.
+template <class Key> struct Ranked {
+  Key top, kth;
+  int64_t index;
+};
+
+// `keys` is scratch. Counts at two keys say about where between them the k-th lies: a few looks find it among a handful.
+template <Dtype D, class Key>
+Ranked<Key> kth_class(const Key* x, int64_t classes, int64_t k, std::vector<Key>& keys) {
   using V = Vector<Key>;
   constexpr Key kLowest = std::numeric_limits<Key>::min(),
                 kLargest = std::numeric_limits<Key>::max();
+  constexpr int64_t kHandful = 32;
   const int64_t whole = (classes + V::lanes - 1) / V::lanes * V::lanes;
   keys.resize(whole);
   for (int64_t i = 0; i < classes; ++i) {
@@ -54,26 +61,59 @@ template <Dtype D, class Key> std::pair<Key, int64_t> kth_class(const Key* x, in
     keys[i] = (x[i] & kLargest) > Format<D>::infinity ? kLargest : key;
   }
   std::fill(keys.begin() + classes, keys.end(), kLowest);
+  const auto vector = [&](int64_t i) { return V::load(keys.data() + i); };
   const auto reaching = [&](Key key) {
     const auto bound = V::broadcast(key);
     int64_t n = 0;
-    for (int64_t i = 0; i < whole; i += V::lanes)
-      n += V::count(V::reaches(V::load(keys.data() + i), bound));
+    for (int64_t i = 0; i < whole; i += V::lanes) n += V::count(V::reaches(vector(i), bound));
     return n;
   };
-  Key low = kLowest, high = kLargest;
-  while (low < high) {
-    // the upper middle, without overflow
-    const Key middle = static_cast<Key>((low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1));
-    if (reaching(middle) >= k)
-      low = middle;
-    else
-      high = static_cast<Key>(middle - 1);
+  const auto between = [&](int64_t i, Key least, Key most) {
+    return V::reaches(vector(i), V::broadcast(least)) & V::reaches(V::broadcast(most), vector(i));
+  };
+  auto largest = V::broadcast(kLowest);
+  for (int64_t i = 0; i < whole; i += V::lanes) largest = V::max(largest, vector(i));
+  const Key top = V::highest_lane(largest);
+  // at least k keys reach `low`, fewer than k exceed `high`
+  Key low = kLowest, high = top;
+  int64_t reach = whole, exceed = 0;
+  const auto distance = [&] { return static_cast<uint64_t>(high) - static_cast<uint64_t>(low); };
+  bool in_the_middle = false;  // where a line between the counts has not halved the distance
+  while (low < high && reach - exceed > kHandful) {
+    const uint64_t before = distance();
+    const double line =
+        (static_cast<double>(k - exceed) - 0.5) / static_cast<double>(reach - exceed);
+    const auto down =
+        static_cast<uint64_t>((in_the_middle ? 0.5 : line) * static_cast<double>(before));
+    const Key probe = static_cast<Key>(static_cast<uint64_t>(high) - std::min(down, before - 1));
+    const int64_t n = reaching(probe);
+    if (n >= k) {
+      low = probe;
+      reach = n;
+    } else {
+      high = static_cast<Key>(probe - 1);
+      exceed = n;
+    }
+    in_the_middle = !in_the_middle && distance() > before / 2;
+  }
+  if (low < high) {
+    Key handful[kHandful];
+    int64_t n = 0;
+    for (int64_t i = 0; i < whole; i += V::lanes)
+      for (auto found = between(i, low, high); found != 0; found &= found - 1)
+        handful[n++] = keys[i + V::first(found)];
+    std::nth_element(handful, handful + (k - exceed - 1), handful + n, std::greater<>());
+    low = handful[k - exceed - 1];
   }
   int64_t missing = low == kLargest ? k : k - reaching(static_cast<Key>(low + 1));
-  for (int64_t i = 0;; ++i) {
-    missing -= keys[i] == low;
-    if (missing == 0) return {low, i};
+  for (int64_t i = 0;; i += V::lanes) {
+    auto found = between(i, low, low);
+    const int64_t n = V::count(found);
+    if (n >= missing) {
+      for (; missing > 1; --missing) found &= found - 1;
+      return {top, low, i + V::first(found)};
+    }
+    missing -= n;
   }
 }
 
@@ -110,8 +150,8 @@ int64_t mark_near(const T* z, int64_t count, T row_max, T bound, int32_t* kept, 
   return marked;
 }
 
-// What blocks after the next will need, of this row or of what lies behind it, which is mostly the next one: exponentials take so
-// many instructions that a processor sees no more than the next lines before it needs them.
+// What blocks after the next will need, of this row or of what lies behind it, which is mostly the next one: a block takes so many
+// instructions that a processor sees no more than the next lines before it needs them.
 template <class Key> void fetch_ahead(const Key* x, int64_t count) {
   constexpr int64_t line = 64, ahead = 2048;
   const auto address = reinterpret_cast<uintptr_t>(x) + ahead;
@@ -220,20 +260,19 @@ void threshold_forward_rows(const ThresholdForward& a, int64_t begin, int64_t en
     Sums sums;
     if (a.k >= classes && !smoothed) {
       sums = sums_of_all<D>(x, classes, row_max);
+    } else if (a.k < classes) {
+      const auto [top, kth, index] = kth_class<D>(x, classes, a.k, keys);
+      row_max = value_of_key<D>(top);
+      cut = value_of_key<D>(kth);
+      cut_index = index;
+      sums = sums_of<D>(
+          x, classes, row_max, weight, smoothed,
+          [cut = cut, cut_index](const T* z, int64_t first, int64_t count, int32_t* kept) {
+            return mark_kept(z, first, count, cut, cut_index, kept);
+          });
     } else {
       row_max = value_of_key<D>(largest_key<D>(x, classes));
-      if (a.k < classes) {
-        const auto [key, index] = kth_class<D>(x, classes, a.k, keys);
-        cut = value_of_key<D>(key);
-        cut_index = index;
-        sums = sums_of<D>(
-            x, classes, row_max, weight, smoothed,
-            [cut = cut, cut_index](const T* z, int64_t first, int64_t count, int32_t* kept) {
-              return mark_kept(z, first, count, cut, cut_index, kept);
-            });
-      } else {
-        sums = sums_of<D>(x, classes, row_max, weight, true, MarkAll{});
-      }
+      sums = sums_of<D>(x, classes, row_max, weight, true, MarkAll{});
     }
     const int64_t y = a.target[n];
     const bool hit = y >= 0 && y < classes;
