@@ -19,10 +19,10 @@ rounded to one number would cost precision at large offsets. The cut is the leas
 that backward keeps the very same classes without repeating a rounded comparison.
 
 Forward reads the row once, as softmax.py does. A cut, or label smoothing, takes a second look, from
-the cache where that holds the rows at work. The k-th largest is found by bisection on the keys, 16
-or 32 looks, and among the classes equal to it by bisection on the index: slower than listing
-classes, but k is beyond where lists end. Backward reads the logits and writes the gradient, once
-each.
+the cache where that holds the rows at work. The k-th largest is found by a few looks, each of which
+counts the keys that reach a probe, and the place among the classes equal to it by a few more:
+slower than listing classes, but k is beyond where lists end. Backward reads the logits and writes
+the gradient, once each.
 """
 
 import torch
@@ -57,51 +57,105 @@ def _is_kept(key, at, cut_key, cut_index):
 
 
 @triton.jit
-def _count(
-    row_ptr, head, chunks, V, cut_key, last, LANES: tl.constexpr, C: tl.constexpr,
+def _around(
+    x, at, inside, cut_key, probe, count, above, below, AXIS: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    key = value_key(x)
+    if TIES:
+        number, exists = -at, inside & (key == cut_key)
+    else:
+        number, exists = key, tl.broadcast_to(inside, x.shape)
+    reaches = exists & (number >= probe)
+    count += tl.sum(reaches.to(tl.int32), AXIS)
+    above = tl.minimum(above, tl.min(tl.where(reaches, number, 0x7FFFFFFF), AXIS))
+    others = exists & (number < probe)
+    below = tl.maximum(below, tl.max(tl.where(others, number, -0x7FFFFFFF), AXIS))
+    return count, above, below
+
+
+@triton.jit
+def _look_around(
+    row_ptr, head, chunks, V, cut_key, probe, LANES: tl.constexpr, C: tl.constexpr,
     ALIGNED: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
-    """How many classes reach `cut_key`; with TIES how many equal it, up to the index `last`."""
-    reached = tl.zeros([LANES], tl.int32)
+    """Of some numbers of a row, its keys, or with TIES the indices, negative, of the classes whose
+    key is `cut_key`: how many reach `probe`, the least of these, and the largest of the others.
+    """
+    count = tl.zeros([LANES], tl.int32)
+    above = tl.full([LANES], 0x7FFFFFFF, tl.int32)
+    below = -above
     for first in tl.range(0, chunks, LANES):
         x, at, inside = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
-        key = value_key(x)
-        if TIES:
-            found = (key == cut_key) & (at <= last)
-        else:
-            found = key >= cut_key
-        reached += tl.sum((found & inside).to(tl.int32), 1)
-    count = tl.sum(reached, 0)
+        count, above, below = _around(x, at, inside, cut_key, probe, count, above, below, 1, TIES)
+    count, above, below = tl.sum(count, 0), tl.min(above, 0), tl.max(below, 0)
     if not ALIGNED:
         at_edge, here = edges(head, chunks, V, C)
-        key_edge = value_key(tl.load(row_ptr + at_edge, mask=here, other=float("-inf")))
-        if TIES:
-            found_edge = (key_edge == cut_key) & (at_edge <= last)
-        else:
-            found_edge = key_edge >= cut_key
-        count += tl.sum((found_edge & here).to(tl.int32), 0)
-    return count
+        x_edge = tl.load(row_ptr + at_edge, mask=here, other=float("-inf"))
+        count, above, below = _around(
+            x_edge, at_edge, here, cut_key, probe, count, above, below, 0, TIES
+        )
+    return count, above, below
+
+
+@triton.jit
+def _largest(
+    row_ptr, head, chunks, V, cut_key, low, high, reach, k, LANES: tl.constexpr, C: tl.constexpr,
+    ALIGNED: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    """The k-th largest of such numbers, how many exceed it, and how many reach it: `reach` of them
+    reach `low`, at least k, and none exceeds `high`.
+
+    A line between the counts at both ends says about where it lies. Either end is then a number of
+    the row. Where that has not halved their distance the next look is nearer to the middle.
+    """
+    exceed = tl.zeros([], tl.int32)
+    slow = exceed
+    while low < high:
+        distance = (high - low).to(tl.uint32, bitcast=True)
+        share = ((k - exceed).to(tl.float32) - 0.5) / (reach - exceed).to(tl.float32)
+        share = tl.where(slow > 0, (share + 0.5) / 2, share)
+        down = tl.minimum((share * distance.to(tl.float32)).to(tl.uint32), distance - 1)
+        count, above, below = _look_around(
+            row_ptr, head, chunks, V, cut_key, high - down.to(tl.int32, bitcast=True),
+            LANES, C, ALIGNED, TIES,
+        )  # fmt: skip
+        enough = count >= k
+        low = tl.where(enough, above, low)
+        reach = tl.where(enough, count, reach)
+        high = tl.where(enough, high, below)
+        exceed = tl.where(enough, exceed, count)
+        left = (high - low).to(tl.uint32, bitcast=True)
+        slow = ((slow == 0) & (left > distance >> 1)).to(tl.int32)
+    return low, exceed, reach
 
 
 @triton.jit
 def _kth(row_ptr, head, chunks, V, k, LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
     """Key and index of the k-th class in the order (value desc, index asc)."""
     HIGH: tl.constexpr = infinity_key(row_ptr.dtype.element_ty) + 1
-    low, high = -HIGH, HIGH + 0
-    while low < high:
-        middle = (low | high) - ((low ^ high) >> 1)  # the mean rounded up, without overflow
-        enough = _count(row_ptr, head, chunks, V, middle, 0, LANES, C, ALIGNED, False) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    missing = k - _count(row_ptr, head, chunks, V, low + 1, 0, LANES, C, ALIGNED, False)
-    equal = _count(row_ptr, head, chunks, V, low, V - 1, LANES, C, ALIGNED, True)
-    first, last = tl.where(equal == missing, V - 1, 0), V - 1
-    while first < last:
-        middle = (first + last) >> 1
-        enough = _count(row_ptr, head, chunks, V, low, middle, LANES, C, ALIGNED, True) >= missing
-        last = tl.where(enough, middle, last)
-        first = tl.where(enough, first, middle + 1)
-    return low, last
+    highest = tl.full([], HIGH, tl.int32)
+    key, exceed, reach = _largest(
+        row_ptr, head, chunks, V, 0, -highest, highest, V + 0 * highest, k, LANES, C, ALIGNED, False
+    )
+    missing, ties = k - exceed, reach - exceed
+    # of ties that are all kept nobody asks which is the last
+    last = tl.where(ties == missing, 1 - V, 0)
+    index, _, _ = _largest(
+        row_ptr,
+        head,
+        chunks,
+        V,
+        key,
+        1 - V + 0 * highest,
+        last,
+        ties,
+        missing,
+        LANES,
+        C,
+        ALIGNED,
+        True,
+    )
+    return key, -index
 
 
 @triton.jit

@@ -78,13 +78,12 @@ Ranked<Key> kth_class(const Key* x, int64_t classes, int64_t k, std::vector<Key>
   Key low = kLowest, high = top;
   int64_t reach = whole, exceed = 0;
   const auto distance = [&] { return static_cast<uint64_t>(high) - static_cast<uint64_t>(low); };
-  bool in_the_middle = false;  // where a line between the counts has not halved the distance
+  bool slow = false;  // a line between the counts has not halved the distance: nearer to the middle
   while (low < high && reach - exceed > kHandful) {
     const uint64_t before = distance();
-    const double line =
-        (static_cast<double>(k - exceed) - 0.5) / static_cast<double>(reach - exceed);
-    const auto down =
-        static_cast<uint64_t>((in_the_middle ? 0.5 : line) * static_cast<double>(before));
+    double share = (static_cast<double>(k - exceed) - 0.5) / static_cast<double>(reach - exceed);
+    if (slow) share = (share + 0.5) / 2;
+    const auto down = static_cast<uint64_t>(share * static_cast<double>(before));
     const Key probe = static_cast<Key>(static_cast<uint64_t>(high) - std::min(down, before - 1));
     const int64_t n = reaching(probe);
     if (n >= k) {
@@ -94,7 +93,7 @@ Ranked<Key> kth_class(const Key* x, int64_t classes, int64_t k, std::vector<Key>
       high = static_cast<Key>(probe - 1);
       exceed = n;
     }
-    in_the_middle = !in_the_middle && distance() > before / 2;
+    slow = !slow && distance() > before / 2;
   }
   if (low < high) {
     Key handful[kHandful];
