@@ -151,7 +151,7 @@ FLOOR = (
     *(Problem(2048, 32000, k) for k in (10, 100)),
 )
 SWEEPS = (
-    *(Problem(2048, 32000, k) for k in (1, 10, 20, 50, 100, 500)),
+    *(Problem(2048, 32000, k) for k in (1, 10, 20, 50, 100, 500, 2000)),
     *(Problem(rows, 32000, 20, grow=False) for rows in (256, 512, 1024, 2048, 4096)),
     *(Problem((1 << 26) >> bits, 1 << bits, 20) for bits in range(12, 19)),
 )

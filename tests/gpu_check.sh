@@ -192,6 +192,7 @@ if [ "$mode" = bench ]; then
   bench threshold 40 run --suite threshold --dtype bf16 --repeats 8
   bench plif 60 plif --dtype bf16 --repeats 5
   bench short 60 run --suite short --dtype bf16 --repeats 8 "${rivals[@]}"
+  bench cut 30 run --shape 2048 32000 2000 --dtype bf16 --repeats 8 "${rivals[@]}"  # k beyond what lists hold
   bench small 45 run --suite small --dtype bf16 --repeats 100 "${rivals[@]}"
   bench floor-fp32 100 run --suite floor --dtype fp32 --repeats 8 "${rivals[@]}"
   bench continuous 40 continuous

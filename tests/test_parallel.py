@@ -678,7 +678,8 @@ def _compiled(rank):
             assert loss[2].isnan() and (found[0][2] == 0).all()
             first = inputs[0][rest]
             expected = plain(first, *inputs[1:], target[rest], **options)
-            assert torch.equal(loss[rest], expected)
+            # on some processors a compiler's tangents and exponentials differ in their last bit
+            torch.testing.assert_close(loss[rest], expected)
             of_rest = torch.autograd.grad(expected, [first, *inputs[1:]], above[rest])
             torch.testing.assert_close(found[0][rest], of_rest[0])
             torch.testing.assert_close(found[1:], of_rest[1:])

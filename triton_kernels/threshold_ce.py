@@ -135,26 +135,16 @@ def _kth(row_ptr, head, chunks, V, k, LANES: tl.constexpr, C: tl.constexpr, ALIG
     HIGH: tl.constexpr = infinity_key(row_ptr.dtype.element_ty) + 1
     highest = tl.full([], HIGH, tl.int32)
     key, exceed, reach = _largest(
-        row_ptr, head, chunks, V, 0, -highest, highest, V + 0 * highest, k, LANES, C, ALIGNED, False
-    )
+        row_ptr, head, chunks, V, 0, -highest, highest, tl.full([], V, tl.int32), k,
+        LANES, C, ALIGNED, False,
+    )  # fmt: skip
     missing, ties = k - exceed, reach - exceed
     # of ties that are all kept nobody asks which is the last
     last = tl.where(ties == missing, 1 - V, 0)
     index, _, _ = _largest(
-        row_ptr,
-        head,
-        chunks,
-        V,
-        key,
-        1 - V + 0 * highest,
-        last,
-        ties,
-        missing,
-        LANES,
-        C,
-        ALIGNED,
-        True,
-    )
+        row_ptr, head, chunks, V, key, tl.full([], 1 - V, tl.int32), last, ties, missing,
+        LANES, C, ALIGNED, True,
+    )  # fmt: skip
     return key, -index
 
 
