@@ -678,8 +678,10 @@ def _compiled(rank):
             assert loss[2].isnan() and (found[0][2] == 0).all()
             first = inputs[0][rest]
             expected = plain(first, *inputs[1:], target[rest], **options)
-            # on some processors a compiler's tangents and exponentials differ in their last bit
-            torch.testing.assert_close(loss[rest], expected)
+            if plain is capped_layer:  # on some processors a compiler's tangents round otherwise
+                torch.testing.assert_close(loss[rest], expected)
+            else:
+                assert torch.equal(loss[rest], expected)
             of_rest = torch.autograd.grad(expected, [first, *inputs[1:]], above[rest])
             torch.testing.assert_close(found[0][rest], of_rest[0])
             torch.testing.assert_close(found[1:], of_rest[1:])

@@ -78,16 +78,16 @@ def assert_same(
     found: tuple[dict[str, torch.Tensor], float],
     wanted: tuple[dict[str, torch.Tensor], float],
     start: dict[str, torch.Tensor],
+    updates: int = 0,
 ) -> set[str]:
-    """Within what float32 rounds in three steps, of gradients and of weights. Returns the names of
-    what has been trained.
+    """Within what float32 rounds in three steps, and where weights are large beside their updates
+    by what each of `updates` rounds. Returns the names of what has been trained.
     """
     trained, ulp = set(), torch.finfo(torch.float32).eps
     assert found[0].keys() == wanted[0].keys()
     for name, weight in wanted[0].items():
         moved = (weight - start[name]).abs().max().item()
-        # each of three updates rounds the weight, in either run
-        within = 1e-4 * moved + 3 * ulp * weight.abs().max().item()
+        within = 1e-4 * moved + updates * ulp * weight.abs().max().item()
         torch.testing.assert_close(found[0][name], weight, rtol=0, atol=within)
         if moved > 0:
             trained.add(name)
@@ -140,7 +140,7 @@ def test_adapters(saved: list[str], tmp_path: Path) -> None:
         return peft.get_peft_model(model, config)
 
     wanted, found = (trained(adapted(options), tmp_path) for options in (None, "k=None"))
-    moved = assert_same(found, wanted, adapted(None).state_dict())
+    moved = assert_same(found, wanted, adapted(None).state_dict(), updates=3)
     assert len(moved) == 4 + len(saved)
 
 

@@ -95,16 +95,17 @@ Ranked<Key> kth_class(const Key* x, int64_t classes, int64_t k, std::vector<Key>
     }
     slow = !slow && distance() > before / 2;
   }
+  int64_t missing = k - exceed;
   if (low < high) {
     Key handful[kHandful];
     int64_t n = 0;
     for (int64_t i = 0; i < whole; i += V::lanes)
       for (auto found = between(i, low, high); found != 0; found &= found - 1)
         handful[n++] = keys[i + V::first(found)];
-    std::nth_element(handful, handful + (k - exceed - 1), handful + n, std::greater<>());
-    low = handful[k - exceed - 1];
+    std::nth_element(handful, handful + (missing - 1), handful + n, std::greater<>());
+    low = handful[missing - 1];
+    missing -= std::count_if(handful, handful + n, [low](Key key) { return key > low; });
   }
-  int64_t missing = low == kLargest ? k : k - reaching(static_cast<Key>(low + 1));
   for (int64_t i = 0;; i += V::lanes) {
     auto found = between(i, low, low);
     const int64_t n = V::count(found);
