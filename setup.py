@@ -71,10 +71,15 @@ def extension_and_command():
     from torch.utils import cpp_extension
 
     flags = ["/O2", "/openmp"] if os.name == "nt" else [*UNIX_FLAGS]
+    # compiled for OpenMP but not linked with it: the symbols then come from the runtime that torch
+    # itself uses, so that there is one thread pool and torch.set_num_threads holds
     if sys.platform.startswith("linux"):
-        # compiled for OpenMP but not linked with it: the symbols then come from the runtime that
-        # torch itself uses, so that there is one thread pool and torch.set_num_threads holds
         flags.append("-fopenmp")
+    elif sys.platform == "darwin" and any(
+        Path(folder, "omp.h").exists() for folder in cpp_extension.include_paths()
+    ):
+        # Apple's compiler takes it this way alone, and has no header of its own; torch brings one
+        flags += ["-Xclang", "-fopenmp"]
     extension = cpp_extension.CppExtension(
         "sparse_ce._C",
         sorted(SOURCES - {nvcc.BINDINGS}),
