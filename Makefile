@@ -28,6 +28,9 @@ adaptive: $(VENV)/demo
 words: $(VENV)/words
 	$(BIN)/python examples/word_language_model.py
 
+# Workers share the cores: a thread that waits for the other one of its worker leaves its core to those of the next.
+test interpreter emulation pretend aot: export OMP_WAIT_POLICY = passive
+
 test: $(VENV)/test
 	$(BIN)/python -m sparse_ce
 	SPARSE_CE_REQUIRE=cpu,eager $(BIN)/python -m pytest -q -n $(WORKERS) tests \

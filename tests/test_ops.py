@@ -3,11 +3,18 @@
 import itertools
 from dataclasses import replace
 
+import allocations
 import cases
 import pytest
 import subjects
 import torch
-from sparse_ce import fused_sparse_ce, ops, sparse_softmax
+from sparse_ce import (
+    adaptive_sparse_ce,
+    fused_linear_sparse_ce,
+    fused_sparse_ce,
+    ops,
+    sparse_softmax,
+)
 from stems import STEMS, Call
 from torch.autograd import gradcheck, gradgradcheck
 from torch.overrides import TorchFunctionMode
@@ -154,18 +161,40 @@ def test_whoever_listens_hears_the_operators(subject):
     }
 
 
-def test_nobody_listens(subject, monkeypatch):
+LOSSES = {
+    "k=4": lambda z, y, w, **more: fused_sparse_ce(z, y, 4, reduction="sum", **more),
+    "k=4, weight": lambda z, y, w, **more: fused_sparse_ce(z, y, 4, weight=w, **more),
+    "dense": lambda z, y, w, **more: fused_sparse_ce(z, y, None, label_smoothing=0.1, **more),
+    "dense, weight": lambda z, y, w, **more: fused_sparse_ce(z, y, None, weight=w, **more),
+    "adaptive": lambda z, y, w, **more: adaptive_sparse_ce(z, y, 0.05, weight=w, **more),
+}
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["", "return_support"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nobody_listens(subject, monkeypatch, loss, listed):
     """The short way, to the same numbers and the same derivatives of any order."""
     if subject.backend == "eager":
         pytest.skip("it runs on devices that may listen themselves")
-    call = example(subject)
+    call = example(subject, (2, 3))
     logits, target = call.logits.requires_grad_(), call.target
+    target[0, 1] = -100
+
+    def step():
+        more = {"return_support": listed, "backend": subject.backend}
+        found = LOSSES[loss](logits, target, call.weight, **more)
+        value, support = found if listed else (found, ())
+        tensors = [part for part in support if isinstance(part, torch.Tensor)]
+        # lse, and the probabilities of a list
+        parts = [(part * part.detach().sin()).sum() for part in tensors if part.requires_grad]
+        assert len(parts) == (0 if not listed else 1 if loss == "adaptive" else 2)
+        return sum(parts, -1.5 * value), value, *tensors
 
     def derivatives():
-        loss = fused_sparse_ce(logits, target, 4, reduction="sum", backend=subject.backend)
-        (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+        total, *values = step()
+        (first,) = torch.autograd.grad(total, logits, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), logits)
-        return loss, first, second
+        return *values, first, second
 
     with DispatchMode():
         expected = derivatives()
@@ -173,10 +202,60 @@ def test_nobody_listens(subject, monkeypatch):
     def refuse(*_):
         raise AssertionError("the dispatcher was called")
 
-    for op in (ops.topk_ce_fwd, ops.topk_ce_bwd, ops.reduce_fwd, ops.reduce_bwd):
+    for op in (ops.topk_ce_fwd, ops.threshold_ce_fwd, ops.reduce_fwd):
         monkeypatch.setattr(op, "overload", refuse)
     for ours, theirs in zip(derivatives(), expected, strict=True):
         assert torch.equal(ours, theirs)
+    for op in (ops.topk_ce_bwd, ops.threshold_ce_bwd, ops.reduce_bwd):
+        monkeypatch.setattr(op, "overload", refuse)
+    (gradient,) = torch.autograd.grad(step()[0], logits)
+    assert torch.equal(gradient, expected[-2])
+
+
+@pytest.mark.parametrize("k", [4, None])
+def test_one_node(subject, k):
+    """Of a compiled backend the loss and its reduction are one node of the graph."""
+    if subjects.ROWS[subject.backend].modules != ("sparse_ce.native",):
+        pytest.skip("it is not compiled")
+    call = example(subject)
+    found = {}
+
+    def forward():
+        found["loss"] = fused_sparse_ce(
+            call.logits.requires_grad_(), call.target, k, backend=subject.backend
+        )
+
+    saved = {tuple(tensor.shape) for tensor in allocations.saved(forward)}
+    # the divisor of the mean, the target or a statistic, and the list or the logits
+    assert saved == {(), (3,), (3, 4) if k else (3, 11)}
+    following = [node for node, _ in found["loss"].grad_fn.next_functions if node is not None]
+    assert [type(node).__name__ for node in following] == ["AccumulateGrad"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("loss", [*LOSSES, "linear"])
+def test_compiled_autograd(subject, loss):
+    """torch.compile of the backward pass, as of a hook of DDP."""
+    call = example(subject, (6,))
+    weight = torch.randn(11, 5, device=subject.device)
+    x = torch.randn(6, 5, device=subject.device, requires_grad=True)
+
+    def gradient(run):
+        if loss == "linear":
+            value = fused_linear_sparse_ce(x, weight, call.target, 4, backend=subject.backend)
+        else:
+            logits = x @ weight.T
+            value = LOSSES[loss](logits, call.target, call.weight, backend=subject.backend)
+        return run(value)
+
+    def compiled(value):
+        x.grad = None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            value.backward()
+        return x.grad
+
+    expected = gradient(lambda value: torch.autograd.grad(value, x)[0])
+    assert torch.equal(gradient(compiled), expected)
 
 
 def distinct(*shape, device):

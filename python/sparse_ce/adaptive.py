@@ -115,11 +115,12 @@ def adaptive_sparse_ce(
     if weight is not None:
         weight = weight.to(schema.statistics_dtype(logits.dtype)).contiguous()
     name = backends.resolve(backend, logits.device.type, logits.dtype, False)
-    loss, lse, _, _, _, _, kept = ops.threshold_ce_fwd(
-        rows, row_target, weight, num_classes, float(delta), float(label_smoothing), name
-    )
-    reduced = functional.reduce(
-        loss, row_target, weight, ignore_index, reduction, name, target.shape
+    inputs = (
+        rows, row_target, weight, num_classes, float(delta), float(label_smoothing), name,
+    )  # fmt: skip
+    reduced: Tensor
+    reduced, loss, lse, *_, kept = functional.reduced_by(
+        ops.threshold_ce_fwd, inputs, ignore_index, reduction, target.shape
     )
     if not return_support:
         return reduced

@@ -197,6 +197,19 @@ def implementation(backend: str, op: str) -> Callable[..., object]:
     return function
 
 
+@cache
+def loss(backend: str, op: str) -> Callable[..., object] | None:
+    """The function of schema.LOSSES that runs forward `op` on `backend` and reduces its losses, or
+    None.
+    """
+    row = next(row for row in BACKENDS if row.name == backend)
+    name = f"{op.removesuffix('_fwd')}_loss"
+    if "sparse_ce.native" not in row.modules or name not in schema.LOSSES:
+        return None
+    function: Callable[..., object] = getattr(importlib.import_module("sparse_ce.native"), name)
+    return function
+
+
 def _compiled(op: str, devices: tuple[str, ...] | None) -> bool:
     """The library has the operator for the devices: one module stands for the CPU and for CUDA."""
     return all(

@@ -199,25 +199,37 @@ def fused_sparse_ce(
     listed = return_support or samples is not None or (fewer and (not large_k or link is not None))
     name = backends.resolve(backend, logits.device.type, logits.dtype, listed and large_k)
     arguments: Any = (rows, row_target, weight)
-    support = None
+    op: Any = ops.threshold_ce_fwd
+    more: tuple[Any, ...] = (k, 1.0)
     if listed:
-        op: Any = ops.topk_ce_fwd
-        more: tuple[Any, ...] = (k,)
+        op, more = ops.topk_ce_fwd, (k,)
         if link is not None:
             op, more = topk_plif_ce_fwd, (link.w, link.bound, k)
         if samples is not None:
             uniform = uniform_of(rows, logits.dtype, samples, tail_samples)
             op, more = tail.tail_ce_fwd, (uniform, k, samples)
-        loss, lse, indices, probs = op(*arguments, *more, float(label_smoothing), name)[:4]
-        if return_support:
-            support = support_of(target, indices, probs, lse, k, num_classes)
     elif link is not None:
-        tables = link.tables(logits.dtype, name)
-        loss = ops.plif_ce_fwd(*arguments, *tables, link.bound, float(label_smoothing), name)[0]
-    else:
-        loss = ops.threshold_ce_fwd(*arguments, k, 1.0, float(label_smoothing), name)[0]
-    reduced = reduce(loss, row_target, weight, ignore_index, reduction, name, target.shape)
-    return reduced if support is None else (reduced, support)
+        op, more = ops.plif_ce_fwd, (*link.tables(logits.dtype, name), link.bound)
+    reduced: Tensor
+    reduced, _, *outputs = reduced_by(
+        op, (*arguments, *more, float(label_smoothing), name), ignore_index, reduction, target.shape
+    )
+    if not return_support:
+        return reduced
+    lse, indices, probs = outputs[:3]
+    return reduced, support_of(target, indices, probs, lse, k, num_classes)
+
+
+def reduced_by(
+    op: ops.Operator, inputs: tuple[Any, ...], ignore_index: int, reduction: str, shape: torch.Size
+) -> tuple[Any, ...]:
+    """The losses of a call of `op`, reduced, and all that it returns."""
+    if reduction != "none":
+        found: tuple[Any, ...] = op.reduced(inputs, ignore_index, reduction == "mean")
+        return found
+    outputs = op(*inputs)
+    _, target, weight, *_, name = inputs
+    return reduce(outputs[0], target, weight, ignore_index, reduction, name, shape), *outputs
 
 
 def reduce(

@@ -8,6 +8,7 @@ from . import schema as schema  # loads the library and defines the namespace
 
 topk_ce_fwd = torch.ops.sparse_ce_native.topk_ce_fwd.default
 topk_ce_bwd = torch.ops.sparse_ce_native.topk_ce_bwd.default
+topk_ce_loss = torch.ops.sparse_ce_native.topk_ce_loss.default
 plif_tables = torch.ops.sparse_ce_native.plif_tables.default
 plif_scale = torch.ops.sparse_ce_native.plif_scale.default
 plif_dslopes = torch.ops.sparse_ce_native.plif_dslopes.default
@@ -22,6 +23,7 @@ sparse_linear_dhidden = torch.ops.sparse_ce_native.sparse_linear_dhidden.default
 sparse_linear_dweight = torch.ops.sparse_ce_native.sparse_linear_dweight.default
 threshold_ce_fwd = torch.ops.sparse_ce_native.threshold_ce_fwd.default
 threshold_ce_bwd = torch.ops.sparse_ce_native.threshold_ce_bwd.default
+threshold_ce_loss = torch.ops.sparse_ce_native.threshold_ce_loss.default
 tail_fwd = torch.ops.sparse_ce_native.tail_fwd.default
 labels_ce_fwd = torch.ops.sparse_ce_native.labels_ce_fwd.default
 labels_ce_bwd = torch.ops.sparse_ce_native.labels_ce_bwd.default

@@ -246,6 +246,19 @@ SIGNATURES = {
     ),
 }
 
+# A forward and its reduction as one operator with a derivative, of the compiled library alone:
+# csrc/loss.cpp. ops.py calls it in the place of both, where nobody but autograd listens.
+LOSSES = {
+    f"{_stem}_loss": (
+        f"{SIGNATURES[f'{_stem}_fwd'][0]}, int ignore_index, bool mean, str backend",
+        f"(Tensor reduced, Tensor loss, Tensor lse, {_rest})",
+    )
+    for _stem, _rest in (
+        ("topk_ce", "Tensor indices, Tensor probs"),
+        ("threshold_ce", "Tensor kept"),
+    )
+}
+
 # Compositions of the operators above, the same on every backend; implemented in linear.py, in
 # tail.py and plif.py those of tail and plif, in parallel.py those of the list of a shard. `uniform`
 # and `samples`, where they are given, are those of tail: the softmax is that of all classes, and
@@ -344,6 +357,8 @@ except ImportError as error:
 try:
     for _name, (_arguments, _returns) in SIGNATURES.items():
         torch.library.define(f"sparse_ce::{_name}", f"({_arguments}, str backend) -> {_returns}")
+        torch.library.define(f"sparse_ce_native::{_name}", f"({_arguments}) -> {_returns}")
+    for _name, (_arguments, _returns) in LOSSES.items():
         torch.library.define(f"sparse_ce_native::{_name}", f"({_arguments}) -> {_returns}")
     for _name, (_arguments, _returns) in COMPOSITIONS.items():
         torch.library.define(f"sparse_ce::{_name}", f"({_arguments}, str backend) -> {_returns}")
