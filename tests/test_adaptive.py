@@ -195,7 +195,7 @@ def published(rows, learnt, previous, scale, most):
     return min(previous + 1 if new - previous > 1 else new, most)
 
 
-@pytest.mark.parametrize("scale, most", itertools.product([0.5, 1.0, 3.0], [1, 2, 5]))
+@pytest.mark.parametrize("scale, most", [*itertools.product([0.5, 1.0, 3.0], [1, 2, 5])])
 def test_accumulation_follows_the_published_rule(scale, most):
     accumulation, previous = AdaptiveAccumulation(scale=scale, max_steps=most), 1
     for learnt in (0, 3, 7, 1, 9, 9, 9, 9, 0, 5):
