@@ -1428,9 +1428,11 @@ def test_the_plugin(tmp_path):
     found = [
         line for line in ended.stdout.splitlines() if re.search(r"at test_tried\.py:\d+", line)
     ]
+    # of a load Triton 3.8 and later say a line below it, or two, where earlier ones say its own
     patterns = [
-        r"^ +3 read of memory that nobody wrote: one_too_many, y_ptr at test_tried.py:22:\d+$",
+        r"^ +3 read of memory that nobody wrote: one_too_many, y_ptr at "
+        r"test_tried.py:(20|22):\d+$",
         r"^ +\d+ write and read by two warps without a barrier: without_barrier, x_ptr at "
-        r"test_tried.py:17:\d+ after test_tried.py:15:\d+$",
+        r"test_tried.py:(16|17):\d+ after test_tried.py:15:\d+$",
     ]
     assert len(found) == 2 and all(map(re.search, patterns, found)), ended.stdout
