@@ -11,6 +11,7 @@ from sparse_ce import (
     MonotonicPLIF,
     SparseCrossEntropyLoss,
     SparseLinearCrossEntropy,
+    adaptive_sparse_ce,
     backends,
     continuous_output_loss,
     fused_linear_sparse_ce,
@@ -573,3 +574,33 @@ def test_out_of_range_is_looked_for_on_request_on_a_gpu(monkeypatch):
 def test_ignore_index_is_no_class_out_of_range(ignore_index):
     target = torch.tensor([0, ignore_index, 4])
     assert loss(target=target, ignore_index=ignore_index, reduction="none")[1] == 0
+
+
+OUT_OF_RANGE = {
+    "topk": {"k": 2},
+    "dense": {"k": None},
+    "cut": {"k": 1100},
+    # also where the nearest class has no weight
+    "weight": {"k": 2, "weight": torch.arange(1200).remainder(1199).clamp(max=1).float()},
+    "tail": {"k": 2, "normalizer": "full", "tail_samples": 4},
+    "plif": {"k": None, "link": MonotonicPLIF(num_cells=4)},
+    "adaptive": {"delta": 0.1},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+@pytest.mark.parametrize("wrong", [-1, 1200, 2**40])
+def test_a_class_out_of_range_is_found(case, reduction, wrong):
+    """Where rows are reduced it is looked for only in a loss that is NaN."""
+    options = OUT_OF_RANGE[case] | {"reduction": reduction}
+    function = adaptive_sparse_ce if "delta" in options else fused_sparse_ce
+    logits, target = torch.randn(70, 1200), torch.arange(70)
+    assert not function(logits, target, **options).isnan().any()
+    target[63] = wrong
+    for z in (logits, logits.requires_grad_()):
+        with pytest.raises(IndexError, match=rf"got {wrong} at target\[63\]"):
+            function(z, target, **options)
+    # of a loss that is NaN for another reason targets in range are no error
+    target[63] = 3
+    assert function(torch.full_like(logits, torch.nan), target, **options).isnan().all()

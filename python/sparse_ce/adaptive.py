@@ -109,7 +109,6 @@ def adaptive_sparse_ce(
     checks.ignore_index(ignore_index)
     checks.label_smoothing(label_smoothing)
     num_classes = logits.shape[-1]
-    checks.target_range(target, num_classes, ignore_index)
     rows = functional.as_rows(logits)
     row_target = functional.as_row_target(target, rows)
     if weight is not None:
@@ -120,7 +119,7 @@ def adaptive_sparse_ce(
     )  # fmt: skip
     reduced: Tensor
     reduced, loss, lse, *_, kept = functional.reduced_by(
-        ops.threshold_ce_fwd, inputs, ignore_index, reduction, target.shape
+        ops.threshold_ce_fwd, inputs, target, ignore_index, reduction
     )
     if not return_support:
         return reduced

@@ -186,7 +186,6 @@ def fused_sparse_ce(
     checks.return_support(return_support)
     checks.backend(backend)
     num_classes = logits.shape[-1]
-    checks.target_range(target, num_classes, ignore_index)
     k = num_classes if k is None else min(k, num_classes)
 
     rows = as_rows(logits)
@@ -211,9 +210,8 @@ def fused_sparse_ce(
     elif link is not None:
         op, more = ops.plif_ce_fwd, (*link.tables(logits.dtype, name), link.bound)
     reduced: Tensor
-    reduced, _, *outputs = reduced_by(
-        op, (*arguments, *more, float(label_smoothing), name), ignore_index, reduction, target.shape
-    )
+    inputs = (*arguments, *more, float(label_smoothing), name)
+    reduced, _, *outputs = reduced_by(op, inputs, target, ignore_index, reduction)
     if not return_support:
         return reduced
     lse, indices, probs = outputs[:3]
@@ -221,15 +219,20 @@ def fused_sparse_ce(
 
 
 def reduced_by(
-    op: ops.Operator, inputs: tuple[Any, ...], ignore_index: int, reduction: str, shape: torch.Size
+    op: ops.Operator, inputs: tuple[Any, ...], target: Tensor, ignore_index: int, reduction: str
 ) -> tuple[Any, ...]:
-    """The losses of a call of `op`, reduced, and all that it returns."""
+    """The losses of a call of `op`, reduced, and all that it returns; `target` is as the caller
+    gave it.
+    """
+    logits, row_target, weight, *_, name = inputs
     if reduction != "none":
         found: tuple[Any, ...] = op.reduced(inputs, ignore_index, reduction == "mean")
+        checks.target_range(target, logits.shape[-1], ignore_index, found[0])
         return found
+    checks.target_range(target, logits.shape[-1], ignore_index)
     outputs = op(*inputs)
-    _, target, weight, *_, name = inputs
-    return reduce(outputs[0], target, weight, ignore_index, reduction, name, shape), *outputs
+    shape = target.shape
+    return reduce(outputs[0], row_target, weight, ignore_index, reduction, name, shape), *outputs
 
 
 def reduce(
