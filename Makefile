@@ -42,7 +42,8 @@ test: $(VENV)/test
 
 .PHONY: interpreter emulation
 interpreter:
-	TRITON_INTERPRET=1 SPARSE_CE_REQUIRE=triton $(BIN)/python -m pytest -q -n $(WORKERS) tests -m interpreter $(ONLY)
+	TRITON_INTERPRET=1 SPARSE_CE_REQUIRE=triton $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests \
+	  -m interpreter $(ONLY)
 
 # The CUDA kernels on the processor, by tests/cuda/emulation.h.
 emulation: $(VENV)/test
@@ -52,7 +53,8 @@ emulation: $(VENV)/test
 .PHONY: ptx
 PTX ?= tests/test_short_rows.py tests/test_reduce.py tests/test_tail.py
 ptx: $(VENV)/test
-	PYTHONPATH=tests SPARSE_CE_REQUIRE=triton $(BIN)/python -m pytest -q -p emulated_triton $(PTX) -m interpreter
+	printf '%s\n' $(PTX) | PYTHONPATH=tests SPARSE_CE_REQUIRE=triton OMP_WAIT_POLICY=passive xargs -n 1 -P $(WORKERS) \
+	  $(BIN)/python -m pytest -q -p emulated_triton -m interpreter
 
 # What gpu-check selects of the CUDA kernels, on a device that tests/pretend_cuda.py pretends. With PRETEND other tests.
 .PHONY: pretend
@@ -90,7 +92,7 @@ cpp: $(VENV)/ready
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	cmake --build build-cpp -j 2
 	ctest --test-dir build-cpp --output-on-failure
-	cmake -S . -B build-asan -DSPARSE_CE_SANITIZE=address,undefined
+	cmake -S . -B build-asan -DSPARSE_CE_SANITIZE=address,undefined -DCMAKE_CXX_FLAGS_RELEASE=-O1
 	cmake --build build-asan -j 2
 	ctest --test-dir build-asan --output-on-failure
 

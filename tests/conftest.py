@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "interpreter: also runs in Triton's interpreter and on emulated CUDA"
     )
     config.addinivalue_line("markers", "float64: only for backends that compute in float64")
+    config.addinivalue_line("markers", "xdist_group: with --dist loadgroup on one worker")
     config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta state")
     if subjects.INTERPRETING:
         # what is silent on a GPU, inf - inf or nan > 0, is a warning of numpy

@@ -155,6 +155,10 @@ def of_case(case, rank, device, sizes):
     return outputs
 
 
+# A set of processes a worker would be one too many: in the interpreter they take a minute.
+ONE_WORKER = pytest.mark.xdist_group("ranks")
+
+
 @pytest.fixture(scope="module")
 def found():
     """of(device, case): what each rank returned. Of one set of processes for all cases; a single
@@ -200,6 +204,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.interpreter
+@ONE_WORKER
 def test_logits(device, case, found):
     by_rank = found(device, case)
     z, y = logits_and_target(case.dtype)
@@ -221,6 +226,7 @@ def test_logits(device, case, found):
 
 
 @pytest.mark.interpreter
+@ONE_WORKER
 def test_linear(device, case, found):
     by_rank = found(device, case)
     hidden, weight, bias, target = layer(case.dtype, ROWS, True, "cpu", CLASSES)
@@ -248,6 +254,7 @@ def own_lists(z, y, k, sizes):
 
 
 @pytest.mark.interpreter
+@ONE_WORKER
 def test_all_classes(device, case, found):
     """normalizer="full": the loss is that of the dense softmax, and so is the gradient of what a
     shard lists; its draws have what it does not list, in equal shares.
@@ -322,6 +329,7 @@ def test_all_classes(device, case, found):
 
 
 @pytest.mark.interpreter
+@ONE_WORKER
 def test_linear_all_classes(device, case, found):
     """The draws of an output layer are those of its logits, of the same generator: its gradients
     are the products with the gradient of the logits, whose truth is above, and the slopes of a cap.
@@ -353,6 +361,7 @@ def test_linear_all_classes(device, case, found):
 
 
 @pytest.mark.interpreter
+@ONE_WORKER
 def test_linear_softcap(device, case, found):
     """The list is that of what is not capped, and the gradient goes through the cap."""
     by_rank = found(device, case)
