@@ -202,11 +202,15 @@ def test_nobody_listens(subject, monkeypatch, loss, listed):
     def refuse(*_):
         raise AssertionError("the dispatcher was called")
 
-    for op in (ops.topk_ce_fwd, ops.threshold_ce_fwd, ops.reduce_fwd):
+    forward = ops.topk_ce_fwd, ops.threshold_ce_fwd, ops.reduce_fwd
+    backward = ops.topk_ce_bwd, ops.threshold_ce_bwd, ops.reduce_bwd
+    # a node in C++ has the dispatcher call a backward that is recorded itself, and no other
+    compiled = subjects.ROWS[subject.backend].modules == ("sparse_ce.native",)
+    for op in forward if compiled else (*forward, *backward):
         monkeypatch.setattr(op, "overload", refuse)
     for ours, theirs in zip(derivatives(), expected, strict=True):
         assert torch.equal(ours, theirs)
-    for op in (ops.topk_ce_bwd, ops.threshold_ce_bwd, ops.reduce_bwd):
+    for op in backward:
         monkeypatch.setattr(op, "overload", refuse)
     (gradient,) = torch.autograd.grad(step()[0], logits)
     assert torch.equal(gradient, expected[-2])

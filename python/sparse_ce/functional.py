@@ -197,7 +197,6 @@ def fused_sparse_ce(
     large_k = is_large(k if samples is None else k + 1 + samples)
     listed = return_support or samples is not None or (fewer and (not large_k or link is not None))
     name = backends.resolve(backend, logits.device.type, logits.dtype, listed and large_k)
-    arguments: Any = (rows, row_target, weight)
     op: Any = ops.threshold_ce_fwd
     more: tuple[Any, ...] = (k, 1.0)
     if listed:
@@ -210,7 +209,7 @@ def fused_sparse_ce(
     elif link is not None:
         op, more = ops.plif_ce_fwd, (*link.tables(logits.dtype, name), link.bound)
     reduced: Tensor
-    inputs = (*arguments, *more, float(label_smoothing), name)
+    inputs = (rows, row_target, weight, *more, float(label_smoothing), name)
     reduced, _, *outputs = reduced_by(op, inputs, target, ignore_index, reduction)
     if not return_support:
         return reduced
