@@ -107,15 +107,29 @@ def test_pairs_of_bfloat16(comparing_bfloat16, monkeypatch, filler, classes, k):
     assert torch.equal(found[2], eager.topk_ce_fwd(*arguments)[2])
 
 
-@pytest.mark.parametrize("classes, threads", [(1023, 8), (1024, 32), (4095, 32), (4096, 128)])
-def test_chosen_kernel_of_backward(classes, threads):
+@pytest.mark.parametrize(
+    "classes, k, kernel",
+    [
+        (256, 20, "together 512"),
+        (257, 128, "together 1024"),
+        (512, 20, "together 1024"),
+        (512, 129, "32"),
+        (513, 20, "8"),
+        (1023, 20, "8"),
+        (1024, 20, "32"),
+        (4095, 20, "32"),
+        (4096, 20, "128"),
+    ],
+)
+def test_chosen_kernel_of_backward(classes, k, kernel):
     logits, target = torch.randn(3, classes).bfloat16(), torch.tensor([0, 1, 2])
-    _, _, indices, probs = emulated_cuda.topk_ce_fwd(logits, target, None, 20, 0.0)
+    _, _, indices, probs = emulated_cuda.topk_ce_fwd(logits, target, None, k, 0.0)
     emulated_cuda.launched()
     arguments = (target, indices, probs, None, 0.0, classes, torch.bfloat16)
     emulated_cuda.topk_ce_bwd(torch.ones(3), None, None, *arguments)
     (name,) = emulated_cuda.launched()
-    assert re.search(rf"backward_kernel<\S+bfloat16, {threads}>", name)
+    found = re.search(r"backward_(?:(together)_)?kernel<\S+bfloat16, (\d+)>", name)
+    assert " ".join(filter(None, found.groups())) == kernel
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// Kernels name shared memory through these two, so that the emulation can check every access.
+// Kernels name shared memory through these, so that the emulation can check every access; what is moved by chunks begins where
+// one may.
 #define SHARED_ARRAY(T, name, count) __shared__ T name[count]
+#define SHARED_CHUNKS(T, name, count) __shared__ alignas(16) T name[count]
 template <class T> using Shared = T*;
 
 #define PTX(...) __VA_ARGS__
@@ -24,6 +26,7 @@ template <class T> using Shared = T*;
 #else
 #include <emulation.h>
 
+#define SHARED_CHUNKS SHARED_ARRAY
 #define PTX(...)
 #define TWIN(...) __VA_ARGS__
 #endif
@@ -245,6 +248,19 @@ template <class V> __device__ __forceinline__ V load_constant(const V* from) {
       using Raw = std::conditional_t<sizeof(V) < 8, Narrow, Wide>;
       return bit_cast<V>(__ldg(reinterpret_cast<const Raw*>(from)));)
   TWIN(return *from;)
+}
+
+// Chunks of SHARED_CHUNKS.
+template <class T> __device__ __forceinline__ Chunk<T> load_chunk(Shared<T> from) {
+  PTX(return *reinterpret_cast<const Chunk<T>*>(from);)
+  TWIN(T x[Chunk<T>::kElements]; for (int e = 0; e < Chunk<T>::kElements; ++e) x[e] = from[e];
+       return packed(x);)
+}
+template <class T>
+__device__ __forceinline__ void store_chunk(Shared<T> to, const Chunk<T>& chunk) {
+  PTX(*reinterpret_cast<Chunk<T>*>(to) = chunk;)
+  TWIN(T x[Chunk<T>::kElements]; memcpy(x, &chunk, sizeof(chunk));
+       for (int e = 0; e < Chunk<T>::kElements; ++e) to[e] = x[e];)
 }
 
 // Rounded by itself, whatever is added to it.

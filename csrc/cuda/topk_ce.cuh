@@ -21,6 +21,7 @@
 #pragma once
 
 #include "bound.cuh"
+#include "gradient.cuh"
 #include "held.cuh"
 #include "select.cuh"
 
@@ -377,53 +378,6 @@ template <class T, int THREADS> __global__ void __launch_bounds__(THREADS, resid
   finish_list<T, ItemOf<T>>(group, best, a, n, target);
 }
 
-// dlogits: zeros, and then the k + 1 numbers. Groups follow each other as their parts of the rows lie in memory, which it takes
-// faster than as many rows at a time.
-template <class T, int THREADS>
-__global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THREADS>::kBlock))
-    backward_kernel(const Backward a, int parts) {
-  using G = Group<THREADS>;
-  using Statistic = StatisticOf<T>;
-  GROUP_MEMORY(THREADS, group);
-  const uint32_t job = blockIdx.x * G::kPerBlock + group.number;
-  const bool exists = job / parts < a.count;
-  if (G::kLanes == 32 && !exists) return;
-  const int64_t n = exists ? job / parts : a.count - 1;
-  const int classes = static_cast<int>(a.classes), k = static_cast<int>(a.k);
-  // on their way while the zeros are written
-  ListGradient<Statistic> gradient(a, n);
-  const bool listed = group.rank < k;
-  const int first_index = listed ? gradient.indices[group.rank] : 0;
-  const Statistic first_prob = listed ? gradient.probs[group.rank] : Statistic{0};
-
-  // the classes of this part: full chunks, but at the ends of the row
-  T* row = static_cast<T*>(a.dlogits) + n * a.classes;
-  const Slice slice =
-      exists ? slice_of(row, classes, static_cast<int>(job % parts), parts) : Slice{};
-  fill_zeros(group, row, slice);
-
-  gradient.prepare(group, a);
-  bool in_support = listed && gradient.is_target(first_index);
-  for (int rank = group.rank + THREADS; rank < k; rank += THREADS)
-    in_support = in_support || gradient.is_target(gradient.indices[rank]);
-  const int found = group.count(in_support);
-  // the zeros lie before the numbers: a warp has met no barrier yet
-  if constexpr (G::kInWarp) group.sync();
-  const auto write = [&](int index, Statistic g) {
-    if (index >= slice.low && index < slice.high) row[index] = Order<T>::element(g);
-  };
-  if (listed) write(first_index, gradient(group.rank, first_index, first_prob));
-  for (int rank = group.rank + THREADS; rank < k; rank += THREADS) {
-    const int index = gradient.indices[rank];
-    write(index, gradient(rank, index, gradient.probs[rank]));
-  }
-  if (group.rank == 0 && gradient.hit && found == 0)
-    write(static_cast<int>(gradient.target), 0 - gradient.at_target);
-}
-
-template <class T> cudaError_t forward_rows(const Forward& arguments, cudaStream_t stream);
-template <class T> cudaError_t backward_rows(const Backward& arguments, cudaStream_t stream);
-
 // How many blocks share a row, and the classes of each: one, unless a GPU would idle.
 struct Split {
   int parts;
@@ -478,25 +432,6 @@ template <class T> cudaError_t forward_rows(const Forward& a, cudaStream_t strea
     launch_rows<T>(forward_short_kernel<T, 512, 8, kLongList>, 512, a, split, stream);
   else
     launch_rows<T>(forward_long_kernel<T, 512, 4, kUnits, kLongList>, 512, a, split, stream);
-  return cudaGetLastError();
-}
-
-template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t stream) {
-  // Chunks of a part, 8 KB. A shorter row has a warp, or a quarter of one; where the list would be much of a part, parts are
-  // longer.
-  constexpr int64_t kPart = 512, kQuarter = 128;
-  const int64_t chunks = a.classes * static_cast<int64_t>(sizeof(T)) / 16;
-  if (chunks < kPart) {
-    if (chunks < kQuarter && a.k <= 128)
-      launch(backward_kernel<T, 8>, warps_for<8>(a.count), 128, stream, a, 1);
-    else
-      launch(backward_kernel<T, 32>, warps_for(a.count), 128, stream, a, 1);
-    return cudaGetLastError();
-  }
-  const int64_t size = a.k * 4 > kPart ? a.k * 4 : kPart;
-  const int parts = chunks < size ? 1 : static_cast<int>(chunks / size);
-  launch(backward_kernel<T, 128>, dim3(static_cast<unsigned>(a.count * parts)), 128, stream, a,
-         parts);
   return cudaGetLastError();
 }
 

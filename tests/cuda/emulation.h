@@ -4,9 +4,9 @@
 // What is an error here, with the kernel, the block and the thread that met it:
 //
 //   shared memory     an index outside of its array; reading what nobody in this block has written; a race: two threads touch
-//                     an element, at least one of them writes and not both by atomics, and no barrier lies between them. A
-//                     __syncthreads orders the whole block, a __syncwarp of all lanes its warp; shuffles, ballots and
-//                     reductions order no memory, as in CUDA.
+//                     an element, at least one of them writes and not both by atomics, nor both the same value, and no
+//                     barrier lies between them. A __syncthreads orders the whole block, a __syncwarp of all lanes its warp;
+//                     shuffles, ballots and reductions order no memory, as in CUDA.
 //   __syncthreads     some threads of the block wait at it while the others have ended or wait for their warp
 //   warp collectives  a lane that is not in its own mask; lanes of a mask that never arrive, that have ended, or that are at
 //                     another collective or name another mask; a shuffle that reads a lane outside of the mask
@@ -304,12 +304,18 @@ class Block {
     return &array.data[static_cast<size_t>(at) * array.size];
   }
 
-  void* write(SharedArray& array, ptrdiff_t at) const {
+  void write(SharedArray& array, ptrdiff_t at, const void* value) const {
     Element& element = element_of(array, at);
+    void* place = &array.data[static_cast<size_t>(at) * array.size];
     if (!before(element.read)) race("writes", "read", array, at, element.read);
-    if (!before(element.written)) race("writes", "wrote", array, at, element.written);
-    element.written = mine();
-    return &array.data[static_cast<size_t>(at) * array.size];
+    if (before(element.written)) {
+      element.written = mine();
+    } else {
+      if (element.written.atomic || std::memcmp(place, value, array.size) != 0)
+        race("writes", "wrote", array, at, element.written);
+      merge(element.written);
+    }
+    std::memcpy(place, value, array.size);
   }
 
   void* update_atomically(SharedArray& array, ptrdiff_t at) const {
@@ -507,7 +513,7 @@ template <class T> class Reference {
     return value;
   }
   Reference& operator=(const T& value) {
-    std::memcpy(running->write(array_, at_), &value, sizeof(T));
+    running->write(array_, at_, &value);
     return *this;
   }
   Reference& operator=(const Reference& other) { return *this = static_cast<T>(other); }

@@ -68,6 +68,14 @@ __global__ void neighbours(int* out) {
   }
 }
 
+// The same value from all.
+__global__ void writers_of_one_value(int* out) {
+  SHARED_ARRAY(int, values, 1);
+  values[0] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[0];
+}
+
 // Races.
 
 __global__ void read_without_barrier(int* out) {
@@ -88,7 +96,13 @@ __global__ void overwritten_without_barrier(int* out) {
 
 __global__ void two_writers(int*) {
   SHARED_ARRAY(int, values, 1);
+  values[0] = static_cast<int>(threadIdx.x);
+}
+
+__global__ void many_wrote_and_none_waited(int* out) {
+  SHARED_ARRAY(int, values, 1);
   values[0] = 1;
+  out[threadIdx.x] = values[0];
 }
 
 __global__ void overwritten_after_many_read(int* out) {
@@ -255,9 +269,15 @@ const std::map<std::string, std::function<void()>> kCases = {
        const auto out = run(neighbours);
        for (int i = 0; i < kThreads; ++i) expect(out[i] == 2 + (i ^ 1));
      }},
+    {"writers_of_one_value",
+     [] {
+       const auto out = run(writers_of_one_value);
+       for (int i = 0; i < kThreads; ++i) expect(out[i] == 1);
+     }},
     {"read_without_barrier", [] { run(read_without_barrier); }},
     {"overwritten_without_barrier", [] { run(overwritten_without_barrier); }},
     {"two_writers", [] { run(two_writers); }},
+    {"many_wrote_and_none_waited", [] { run(many_wrote_and_none_waited); }},
     {"overwritten_after_many_read", [] { run(overwritten_after_many_read); }},
     {"shuffle_as_barrier", [] { run(shuffle_as_barrier, 1, 32); }},
     {"half_a_warp_barrier", [] { run(half_a_warp_barrier, 1, 32); }},
