@@ -4,7 +4,8 @@
 // Rows belong to warps and blocks as those of threshold_ce do. Forward reads V * itemsize bytes per row from memory, once, for
 // the softmax of all classes. Draws take a second look, from the cache: it sums q by segments, and these sums stand in shared
 // memory. The list is in them at first and is subtracted afterwards, which saves a comparison per class. A draw then finds its
-// segment, and a warp goes through that again, for the class.
+// segment, and a warp goes through that again, for the class; draws ascend, so that a warp takes some that follow each other, and
+// all that lie in a step at once.
 //
 // Integers have one sum in any order: which warp adds what changes no draw.
 #pragma once
@@ -188,7 +189,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   }
   const double uniform = static_cast<const S*>(a.uniform)[n];
   const auto first = static_cast<Mass>(uniform * static_cast<double>(stride));
-  for (int64_t j = warp; j < a.samples; j += G::kWarps) {
+  const int64_t each = (a.samples - 1) / G::kWarps + 1;
+  const int64_t last = (warp + 1) * each < a.samples ? (warp + 1) * each : a.samples;
+  for (int64_t j = warp * each; j < last;) {
     Mass place = first + static_cast<Mass>(j) * stride;
     // the last of the segments that do not begin after it, in two looks at 32 of them, or one
     const auto last_of = [&](Shared<Mass> begins) {
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
     segment += last_of(sums + segment);
     place -= sums[segment];
 #pragma unroll 1
-    for (int step = segment * length; step < (segment + 1) * length; ++step) {
+    for (int step = segment * length; step < (segment + 1) * length && j < last; ++step) {
       const int i = tail.class_of(step, lane);
       const Chunk<T> x = tail.chunk_at(i);
       Mass up_to[tail.kElements], own = 0, of_step;
@@ -208,12 +211,14 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
         up_to[e] = own += tail.mass(out ? -kInfinite<S> : z);
       }
       const Mass before = sum_of_lanes_before(own, lane, of_step);
-      if (before <= place && place < before + own) {
-        int e = 0;
-        for (const Mass sum : up_to) e += before + sum <= place;
-        draws[j] = i + e;
+#pragma unroll 1
+      for (; place < of_step && j < last; ++j, place += stride) {
+        if (before <= place && place < before + own) {
+          int e = 0;
+          for (const Mass sum : up_to) e += before + sum <= place;
+          draws[j] = i + e;
+        }
       }
-      if (place < of_step) break;
       place -= of_step;
     }
   }
