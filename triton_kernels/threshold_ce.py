@@ -277,6 +277,11 @@ def _fwd_kernel(
             row_ptr, head, chunks, seen, row_max, cut_key, cut_index, bound, y, weight_ptr,
             LANES, C, ALIGNED, KEEP, HAS_WEIGHT, HAS_SMOOTHING,
         )  # fmt: skip
+        if KEEP == ALL:
+            # known; not summed up, they spare that loop the threads' meeting
+            kept = V + 0
+            if not HAS_WEIGHT:
+                weights = kept.to(tl.float32)
         if KEEP == LARGEST:
             total = some
         if KEEP == NEAR:
@@ -328,7 +333,7 @@ def _sweep(
 ):  # fmt: skip
     """The gradient of the chunks from first to last, and in the first part of the edges."""
     for first in tl.range(first_chunk, last_chunk, LANES):
-        x, at, inside = tile(row_ptr, head, first, chunks, 0.0, LANES, C)
+        x, at, inside = tile(row_ptr, head, first, last_chunk, 0.0, LANES, C)
         g = _gradient(
             x, at, inside, row_max, log_sum, cut_key, cut_index, factor, share, at_target,
             target, weight_ptr, DENSE, HAS_WEIGHT, HAS_SMOOTHING,
