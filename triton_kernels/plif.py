@@ -70,6 +70,30 @@ def _apply(x, slopes_ptr, offsets_ptr, bound, rate, K):
 
 
 @triton.jit
+def _add_to_cells(cells_ptr, cell, total, moment, inside):
+    """Of tiles (LANES, C) column by column, so that each lane sends its own numbers: those of a tile
+    the compiler would first deal out anew, through shared memory.
+    """
+    LANES: tl.constexpr = cell.shape[0]
+    if len(cell.shape) == 1:
+        tl.atomic_add(cells_ptr + cell * 2, total, mask=inside, sem="relaxed")
+        tl.atomic_add(cells_ptr + cell * 2 + 1, moment, mask=inside, sem="relaxed")
+    elif cell.shape[1] == 1:
+        _add_to_cells(
+            cells_ptr, tl.reshape(cell, [LANES]), tl.reshape(total, [LANES]),
+            tl.reshape(moment, [LANES]), tl.reshape(inside, [LANES]),
+        )  # fmt: skip
+    else:
+        HALVES: tl.constexpr = [LANES, cell.shape[1] // 2, 2]
+        cells = tl.split(tl.reshape(cell, HALVES))
+        totals = tl.split(tl.reshape(total, HALVES))
+        moments = tl.split(tl.reshape(moment, HALVES))
+        masks = tl.split(tl.reshape(tl.broadcast_to(inside, cell.shape).to(tl.int8), HALVES))
+        for half in tl.static_range(2):
+            _add_to_cells(cells_ptr, cells[half], totals[half], moments[half], masks[half] != 0)
+
+
+@triton.jit
 def _add(g, x, cell, inside, cells_ptr, scale, bound, K):
     """Adds gradients of f(x) to the sums of their cells; returns what lies left of the bounds, and
     right of them.
@@ -79,9 +103,7 @@ def _add(g, x, cell, inside, cells_ptr, scale, bound, K):
     wide_bound = tl.zeros([], tl.float64) + bound
     share = (wide + wide_bound) * (K / (2 * wide_bound)) - cell
     share = tl.where(share > 0, tl.where(share < 1, share, 1.0), 0.0)
-    tl.atomic_add(cells_ptr + cell * 2, scaled.to(tl.int64), mask=inside, sem="relaxed")
-    moment = (scaled * share).to(tl.int64)
-    tl.atomic_add(cells_ptr + cell * 2 + 1, moment, mask=inside, sem="relaxed")
+    _add_to_cells(cells_ptr, cell, scaled.to(tl.int64), (scaled * share).to(tl.int64), inside)
     counts = inside & (g != 0)  # where x is -inf g may be 0
     right = counts & (x > bound)
     left = counts & ((x >= -bound) == 0)

@@ -74,7 +74,7 @@ from .short_rows import (
 # Below every packed class of 64 bits.
 LOWEST = tl.constexpr(lowest(tl.int64))
 # Flags that a program of _exact_kernel looks at together.
-WATCH = tl.constexpr(32)
+WATCH = tl.constexpr(256)
 # Chunks of a row that a program of _bwd_kernel writes, at least. More where the list would be
 # a good part of what is moved; a shorter row has one warp.
 PART = 512
