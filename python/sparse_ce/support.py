@@ -41,13 +41,17 @@ class Support(NamedTuple):
     def entropy(self) -> Tensor:
         """(N): entropy of ``probs`` in nats, differentiable."""
         smallest = torch.finfo(self.probs.dtype).tiny
-        return -(self.probs * self.probs.clamp(min=smallest).log()).sum(-1)
+        # a row that is NaN, and masked, would send NaN times its upstream gradient of 0
+        empty = self.probs.isnan().any(-1)
+        p = self.probs.masked_fill(empty.unsqueeze(-1), 0)
+        return -(p * p.clamp(min=smallest).log()).sum(-1).masked_fill(empty, torch.nan)
 
     def tail_mass(self) -> Tensor:
         """(N): the probability outside of the support, differentiable: of normalizer="full", 0
-        otherwise. What it has beside the target is missing in the gradient without tail_samples.
+        otherwise, to rounding. What it has beside the target is missing in the gradient without
+        tail_samples.
         """
-        return 1 - self.probs.sum(-1)
+        return (1 - self.probs.sum(-1)).clamp(min=0)
 
     def to_sparse_csr(self) -> Tensor:
         """The probabilities as a sparse CSR tensor (rows, V) with exactly k entries per row,
