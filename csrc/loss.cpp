@@ -91,7 +91,8 @@ struct TopkLoss : torch::autograd::Function<TopkLoss> {
     context->saved_data["classes"] = logits.size(-1);
     context->saved_data["dtype"] = logits.scalar_type();
     context->set_materialize_grads(false);
-    context->save_for_backward({target, indices, probs, weight.value_or(Tensor()), divisor});
+    context->save_for_backward(
+        {target, indices, probs, weight.value_or(Tensor()), target, divisor});
     return {reduced, loss, lse, indices, probs};
   }
 
@@ -103,7 +104,7 @@ struct TopkLoss : torch::autograd::Function<TopkLoss> {
     auto& of = context->saved_data;
     const auto saved = context->get_saved_variables();
     const Tensor &target = saved[0], &indices = saved[1], &probs = saved[2];
-    const Optional dloss = of_rows(context, above[0], above[1], target, saved[4]);
+    const Optional dloss = of_rows(context, above[0], above[1], saved[4], saved[5]);
     variable_list gradients(6);
     if (dloss || above[2].defined() || above[4].defined())
       gradients[0] = topk_ce.recorded(of["backend"].toStringRef(), dloss, given(above[2]),
@@ -129,8 +130,8 @@ struct ThresholdLoss : torch::autograd::Function<ThresholdLoss> {
     reduction.save(context);
     context->saved_data["label_smoothing"] = label_smoothing;
     context->set_materialize_grads(false);
-    context->save_for_backward({logits, target, row_max, log_sum, cut, cut_index, kept,
-                                weight.value_or(Tensor()), divisor});
+    context->save_for_backward({logits, target, weight.value_or(Tensor()), row_max, log_sum, cut,
+                                cut_index, kept, target, divisor});
     return {reduced, loss, lse, kept};
   }
 
@@ -141,13 +142,13 @@ struct ThresholdLoss : torch::autograd::Function<ThresholdLoss> {
         threshold_ce("threshold_ce_bwd");
     auto& of = context->saved_data;
     const auto saved = context->get_saved_variables();
-    const Optional dloss = of_rows(context, above[0], above[1], saved[1], saved[8]);
+    const Optional dloss = of_rows(context, above[0], above[1], saved[8], saved[9]);
     variable_list gradients(7);
     if (dloss || above[2].defined())
       gradients[0] =
           threshold_ce.recorded(of["backend"].toStringRef(), dloss, given(above[2]), saved[0],
-                                saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
-                                given(saved[7]), of["label_smoothing"].toDouble());
+                                saved[1], saved[3], saved[4], saved[5], saved[6], saved[7],
+                                given(saved[2]), of["label_smoothing"].toDouble());
     return gradients;
   }
 };

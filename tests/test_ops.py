@@ -1,5 +1,6 @@
 """The operators as torch sees them: registration, derivatives, crossed backends, compilation."""
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -17,7 +18,8 @@ from sparse_ce import (
 )
 from stems import STEMS, Call
 from torch.autograd import gradcheck, gradgradcheck
-from torch.overrides import TorchFunctionMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -408,3 +410,78 @@ def test_compiled_target_out_of_range(subject, k):
     loss, gradient = loss_and_gradient(compiled, logits, target)
     assert loss.isnan().tolist() == [False, True, True]
     assert (gradient[1:] == 0).all() and (gradient[0] != 0).any()
+
+
+LISTENERS = {
+    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "mode": BaseTorchFunctionMode,
+}
+
+
+@pytest.mark.parametrize("k", [5, None])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("of_forward", [False, True])
+@pytest.mark.parametrize("listener", LISTENERS)
+def test_checkpoint_with_a_listener_to_one_pass(subject, listener, of_forward, weighted, k):
+    """The node in C++ saves what those in Python do, which the other pass may take."""
+    logits = cases.logits("random", 9, 37, torch.float32).to(subject.device).requires_grad_()
+    target = torch.arange(9, device=subject.device)
+    weight = torch.arange(1.0, 38.0, device=subject.device) if weighted else None
+
+    def function(z):
+        return fused_sparse_ce(z, target, k, weight=weight, backend=subject.backend)
+
+    (expected,) = torch.autograd.grad(function(logits), logits)
+    with LISTENERS[listener]() if of_forward else contextlib.nullcontext():
+        loss = torch.utils.checkpoint.checkpoint(function, logits, use_reentrant=False)
+    with contextlib.nullcontext() if of_forward else LISTENERS[listener]():
+        (found,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(found, expected)
+
+
+FORMS = {
+    "k": lambda z, w, y, **o: fused_sparse_ce(z, y, 5, **o),
+    "dense": lambda z, w, y, **o: fused_sparse_ce(z, y, None, **o),
+    "none": lambda z, w, y, **o: fused_sparse_ce(z, y, 5, reduction="none", **o),
+    "full": lambda z, w, y, **o: fused_sparse_ce(z, y, 5, normalizer="full", tail_samples=3, **o),
+    "linear": lambda z, w, y, **o: fused_linear_sparse_ce(z, w, y, 5, **o),
+    "row_sparse": lambda z, w, y, **o: fused_linear_sparse_ce(
+        z, w, y, 5, weight_grad="row_sparse", **o
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_asked_for_in_inference_mode(subject, form):
+    """As of F.cross_entropy nothing is recorded, though the gradient mode is on."""
+    z = torch.randn(4, 40, device=subject.device, requires_grad=True)
+    w = torch.randn(30, 40, device=subject.device, requires_grad=True)
+    y = torch.arange(4, device=subject.device)
+    function = FORMS[form]
+    torch.manual_seed(0)
+    expected = function(z, w, y, backend=subject.backend).detach()
+    torch.manual_seed(0)
+    with torch.inference_mode(), torch.enable_grad():
+        found = function(z, w, y, backend=subject.backend)
+    assert torch.equal(found, expected) and not found.requires_grad
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "row_sparse"])
+def test_graphs_of_make_fx(subject, form):
+    """No look at numbers that are being traced: the graph serves other inputs."""
+    if form == "full":
+        pytest.skip("a graph draws numbers of its own")
+    z, other = (torch.randn(4, 40, device=subject.device) for _ in range(2))
+    w = torch.randn(30, 40, device=subject.device)
+    y = torch.arange(4, device=subject.device)
+
+    def function(z, y):
+        z = z.requires_grad_()
+        loss = FORMS[form](z, w, y, backend=subject.backend)
+        return loss, torch.autograd.grad(loss.sum(), z)[0]
+
+    graph = make_fx(function)(z, y)
+    assert any("sparse_ce" in str(node.target) for node in graph.graph.nodes)
+    y = y.flip(0)
+    for ours, theirs in zip(graph(other.clone(), y), function(other.clone(), y), strict=True):
+        assert torch.equal(ours, theirs)

@@ -128,3 +128,16 @@ def test_forward_mode_is_refused(name):
     # a constant among dual numbers is none
     with forward_ad.dual_level():
         function(x)
+
+
+@pytest.mark.parametrize("name", ["k", "none", "dense", "adaptive", "linear", "linear dense"])
+def test_batched_gradients(name):
+    """functional.jacobian(vectorize=True), whose vmap is another one than that of torch.func."""
+    function, z, _ = FUNCTIONS[name]
+    scales = draw(3, seed=3)
+
+    def scaled(z: Tensor) -> Tensor:
+        return function(z) * scales
+
+    found = torch.autograd.functional.jacobian(scaled, z, vectorize=True)
+    assert torch.allclose(found, torch.autograd.functional.jacobian(scaled, z), rtol=1e-12)

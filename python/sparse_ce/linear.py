@@ -699,7 +699,8 @@ def fused_linear_sparse_ce(
     )  # fmt: skip
     support = None
     if listed:
-        op: Any = _RowSparse.apply if weight_grad == "row_sparse" else topk_linear_ce_fwd
+        row_sparse = weight_grad == "row_sparse" and ops.is_recording()
+        op: Any = _RowSparse.apply if row_sparse else topk_linear_ce_fwd
         uniform = functional.uniform_of(rows, dtype, samples, tail_samples)
         loss, lse, indices, probs, _ = op(*arguments, uniform, samples, sparse, name)
         if return_support:

@@ -37,11 +37,20 @@ def _is_heard(inputs: Sequence[Any]) -> bool:
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
+        # autograd.grad(is_grads_batched=True), functional.jacobian(vectorize=True)
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+        # which records nothing, whatever is asked for within
+        or (torch.is_inference_mode_enabled() and torch.is_grad_enabled())
         or forward_ad._current_level >= 0
         # which runs on devices that may have listeners of their own
         or inputs[-1] == "eager"
         or not _PLAIN.issuperset(map(type, inputs))
     )
+
+
+def is_recording() -> bool:
+    """Whether autograd is: a function of torch asks for the gradient mode alone."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 class Operator:
@@ -87,8 +96,7 @@ class Operator:
         return reduced, *outputs
 
     def _recorded(self, keys: Any, inputs: Sequence[Any]) -> Any:
-        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-        if recorded and self._function is not None:
+        if self._function is not None and is_recording() and torch._C._any_requires_grad(*inputs):
             return self._function.apply(*inputs, keys)
         return self._below(keys, inputs)
 
