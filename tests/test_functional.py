@@ -515,3 +515,45 @@ def test_softmax_of_nothing_along_another_dimension(subject):
     assert sparse_softmax(x, 2, 0, backend=subject.backend).shape == (5, 0)
     with pytest.raises(ValueError, match="^logits: expected at least one entry along dim=1"):
         sparse_softmax(x, 2, 1)
+
+
+@pytest.mark.parametrize("statistic", ["entropy", "tail_mass", "lse"])
+@pytest.mark.parametrize(
+    "options", [dict(k=5), dict(k=None), dict(k=5, normalizer="full")], ids=str
+)
+def test_a_masked_row_that_is_nan_leaves_no_trace(subject, statistic, options):
+    """SPEC 7, of what is composed from the support as well."""
+    logits = cases.logits("random", 3, 37, torch.float32).to(subject.device)
+    logits[0] = torch.nan
+    target = torch.tensor([-100, 1, 2], device=subject.device)
+    gradients = []
+    for rows in (slice(0, 3), slice(1, 3)):
+        z = logits[rows].clone().requires_grad_()
+        loss, support = fused_sparse_ce(
+            z, target[rows], return_support=True, backend=subject.backend, **options
+        )
+        found = getattr(support, statistic)
+        found = found if isinstance(found, torch.Tensor) else found()
+        (loss - 0.01 * found[target[rows] != -100].mean()).backward()
+        gradients.append(z.grad)
+    assert (gradients[0][0] == 0).all() and torch.equal(gradients[0][1:], gradients[1])
+
+
+def test_infinite_upstream(subject):
+    """What is not kept has no gradient, however large the upstream one; a link that is the identity
+    changes nothing.
+    """
+    logits = torch.tensor([[2.0, 1.9, 0.0, -1.0]], device=subject.device, requires_grad=True)
+    target = torch.tensor([0], device=subject.device)
+    options = dict(reduction="none", backend=subject.backend)
+    upstream = torch.full((1,), torch.inf, device=subject.device)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits, upstream)[0]
+
+    kept = gradient(adaptive_sparse_ce(logits, target, 0.1, label_smoothing=0.1, **options))
+    assert kept[0, :2].isnan().all() and (kept[0, 2:] == 0).all()
+    plif = MonotonicPLIF(10, 5.0).to(subject.device).requires_grad_(False)
+    linked = gradient(fused_sparse_ce(logits, target, None, link=plif, **options))
+    plain = gradient(fused_sparse_ce(logits, target, None, **options))
+    torch.testing.assert_close(linked, plain, equal_nan=True)

@@ -337,7 +337,10 @@ template <Dtype D> void plif_ce_backward_rows(const PlifCeBackward& a, const Pli
     } else {
       const T at_target =
           static_cast<T>(hit ? dloss * (1 - a.label_smoothing) * (weight ? weight[y] : T{1}) : 0);
-      const T spread = static_cast<T>(dloss * a.label_smoothing / static_cast<double>(classes));
+      const T spread =
+          a.label_smoothing == 0
+              ? 0
+              : static_cast<T>(dloss * a.label_smoothing / static_cast<double>(classes));
       share += hit ? dloss * (1 - a.label_smoothing) * (weight ? weight[y] : T{1}) : 0;
       if (spread != 0) share += spread * total_weight;
       const T factor = static_cast<T>(share);

@@ -296,7 +296,7 @@ def threshold_ce_bwd(
         p = ((z - row_max[part].unsqueeze(-1)) - log_sum[part].unsqueeze(-1)).exp_()
         g = (p * share.unsqueeze(-1)).masked_fill_(~keep | (share == 0).unsqueeze(-1), 0)
         if spread is not None:
-            g -= spread
+            g -= spread.masked_fill_(~keep, 0)
         g.scatter_add_(-1, y.unsqueeze(-1), -at_target.unsqueeze(-1))
         dlogits[part] = g.to(dlogits.dtype)
     return dlogits.view(logits.shape)
