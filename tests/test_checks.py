@@ -95,7 +95,17 @@ ERRORS = {
     "target dtype": (
         lambda: loss(target=TARGET.float()),
         TypeError,
-        "expected int64 or int32 class indices, got torch.float32",
+        r"expected int64 or int32 class indices, got torch.float32 .*; .* pass target.long\(\)",
+    ),
+    "target one-hot": (
+        lambda: loss(target=LOGITS),
+        TypeError,
+        r"expected int64 or int32 .* got torch.float32 .*; of one-hot rows pass target.argmax\(-",
+    ),
+    "target not shifted": (
+        lambda: loss(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64)),
+        ValueError,
+        r"expected shape \(2, 3\), got \(2, 4\); to predict the next token shift the target alone",
     ),
     "target device": (
         lambda: loss(target=TARGET.to("meta")),
@@ -110,7 +120,7 @@ ERRORS = {
     "target shape of logits": (
         lambda: loss(target=LOGITS.long()),
         ValueError,
-        r"expected shape \(3,\), got \(3, 5\)$",
+        r"expected shape \(3,\), got \(3, 5\); of one-hot rows pass target.argmax\(-1\)$",
     ),
     "target layout of F.cross_entropy": (
         lambda: loss(torch.zeros(2, 5, 7), torch.zeros(2, 7, dtype=torch.int64)),
@@ -128,6 +138,11 @@ ERRORS = {
         lambda: loss(LOGITS.view(1, 3, 5), torch.tensor([[0, -3, -1]]), ignore_index=-1),
         IndexError,
         r"expected classes in \[0, 5\) or ignore_index=-1, got -3 at target\[0, 1\]",
+    ),
+    "target of padding": (
+        lambda: loss(target=TARGET - 1),
+        IndexError,
+        r"expected .* got -1 at target\[0\]; if it marks padding pass ignore_index=-1$",
     ),
     "target of one row": (
         lambda: loss(LOGITS[0], torch.tensor(9)),
@@ -278,6 +293,11 @@ ERRORS = {
         ValueError,
         "expected dense_from >= 0, got -1",
     ),
+    "dense_from within the warm-up": (
+        lambda: KSchedule(10, 2, warmup_steps=3, dense_from=3),
+        ValueError,
+        "expected a step after warmup_steps=3, got 3",
+    ),
     "anneal_steps type": (
         lambda: KSchedule(10, 2, 0, True),
         TypeError,
@@ -371,10 +391,15 @@ ERRORS = {
         ValueError,
         r"expected shape \(V, 5\) with V >= 0, got \(5,\)",
     ),
-    "target_vectors instead of a target": (
+    "target or target_vectors": (
         lambda: head(target=None),
         TypeError,
-        "expected a torch.Tensor where there is no target, got NoneType",
+        "expected a target, or target_vectors in its place, got neither",
+    ),
+    "target_vectors instead of a target": (
+        lambda: head(target=None, target_vectors=[EMBEDDING]),
+        TypeError,
+        "expected a torch.Tensor where there is no target, got list",
     ),
     "target_vectors for each row": (
         lambda: head(target=None, target_vectors=EMBEDDING),
@@ -454,7 +479,7 @@ ERRORS = {
     "linear type": (
         lambda: SparseLinearCrossEntropy.from_linear(EMBEDDING, 2),
         TypeError,
-        "expected a torch.nn.Linear, got Tensor",
+        "expected a torch.nn.Linear, got torch.Tensor",
     ),
     "linear lazy": (
         lambda: SparseLinearCrossEntropy.from_linear(torch.nn.LazyLinear(5), 2),

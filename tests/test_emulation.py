@@ -6,7 +6,15 @@ import re
 import emulation
 import pytest
 
-RIGHT = ("reverse", "indices", "warps", "atomics", "wide_atomics", "neighbours", "writers_of_one_value")
+RIGHT = (
+    "reverse",
+    "indices",
+    "warps",
+    "atomics",
+    "wide_atomics",
+    "neighbours",
+    "writers_of_one_value",
+)
 
 _READ_TOO_EARLY = (
     r"race: reads values\[\d+\], which thread \d+ wrote, and no barrier lies between them$"
@@ -18,7 +26,7 @@ WRONG = {
     "read_without_barrier": _READ_TOO_EARLY,
     "overwritten_without_barrier": r"race: (writes|reads) values\[\d+\], which thread",
     "two_writers": r"race: writes values\[0\], which thread \d+ wrote",
-    "many_wrote_and_none_waited": r"race: (reads|writes) values\[0\], which .* (wrote|read), and no",
+    "many_wrote_and_none_waited": r"race: (reads|writes) values\[0\], which .* (wrote|read), and",
     "overwritten_after_many_read": r"race: (writes values\[0\], which .* read|reads .* 5 wrote)",
     "shuffle_as_barrier": _READ_TOO_EARLY,
     "half_a_warp_barrier": _READ_TOO_EARLY,

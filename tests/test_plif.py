@@ -896,6 +896,13 @@ def test_parameters_of_other_dtypes_and_devices():
     copy.load_state_dict(noisy.state_dict())
     assert 0.4 < noisy.w.std() < 0.6 and torch.equal(copy(x), noisy(x))
     assert copy.bfloat16().state_dict()["_extra_state"].item() == 20.0
+    odd = MonotonicPLIF(4, bound=7.3)
+    for dtype in (torch.float32, torch.bfloat16):
+        odd.load_state_dict({name: value.to(dtype) for name, value in odd.state_dict().items()})
+    with torch.device("meta"):
+        state = odd.state_dict()
+    assert not state["_extra_state"].is_meta
+    odd.load_state_dict({name: value.to("meta") for name, value in state.items()})
     noisy.reset_parameters()
     assert not torch.equal(copy.w, noisy.w)
 

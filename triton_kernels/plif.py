@@ -71,8 +71,8 @@ def _apply(x, slopes_ptr, offsets_ptr, bound, rate, K):
 
 @triton.jit
 def _add_to_cells(cells_ptr, cell, total, moment, inside):
-    """Of tiles (LANES, C) column by column, so that each lane sends its own numbers: those of a tile
-    the compiler would first deal out anew, through shared memory.
+    """Of tiles (LANES, C) column by column, so that each lane sends its own numbers: those of a
+    tile the compiler would first deal out anew, through shared memory.
     """
     LANES: tl.constexpr = cell.shape[0]
     if len(cell.shape) == 1:

@@ -115,8 +115,8 @@ def begin_alike(logits: torch.Tensor, dlogits: torch.Tensor) -> bool:
 
 
 def parts_of_gradient(rows: int, dlogits: torch.Tensor, lanes: int) -> tuple[int, int]:
-    """Programs that share a row of a gradient, one unless a GPU would idle, and chunks of each: whole
-    tiles, which none but the last leaves a part of.
+    """Programs that share a row of a gradient, one unless a GPU would idle, and chunks of each:
+    whole tiles, which none but the last leaves a part of.
     """
     chunks = max(1, dlogits.shape[-1] * dlogits.element_size() // 16)
     parts = max(1, min(1024 // max(1, rows), chunks // (4 * lanes)))

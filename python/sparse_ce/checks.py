@@ -39,9 +39,10 @@ def is_traced() -> bool:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at, on the CPU: not so in a compiled graph, under
-    torch.func, or of a fake tensor.
+    torch.func or a mode that makes a graph (make_fx, AOTAutograd), or of a fake tensor.
     """
-    if is_traced():
+    modes = torch._C._TorchDispatchModeKey
+    if is_traced() or any(map(torch._C._get_dispatch_mode, (modes.PROXY, modes.FUNCTIONAL))):
         return False
     # imported already where there is one; that takes a second
     fake = sys.modules.get("torch._subclasses.fake_tensor")
@@ -100,10 +101,14 @@ def logits(value: Tensor) -> None:
 
 def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
     _dense("target", value)
+    remedy = ""
+    if beside == "logits" and value.shape == logits.shape:
+        remedy = "; of one-hot rows pass target.argmax(-1)"
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"target: expected int64 or int32 class indices, got {value.dtype} of shape "
             f"{tuple(value.shape)} beside {beside} of shape {tuple(logits.shape)}"
+            f"{remedy or '; of whole numbers pass target.long()'}"
         )
     if value.device != logits.device:
         raise ValueError(
@@ -111,7 +116,7 @@ def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
         )
     rows = logits.shape[:-1]
     if value.shape != rows:
-        message = f"target: expected shape {tuple(rows)}, got {tuple(value.shape)}"
+        message = f"target: expected shape {tuple(rows)}, got {tuple(value.shape)}{remedy}"
         if (
             beside == "logits"
             and logits.dim() >= 3
@@ -123,6 +128,10 @@ def target(value: Tensor, logits: Tensor, beside: str = "logits") -> None:
             )
         elif value.numel() == rows.numel():
             message += f"; it has as many elements: pass target.view({tuple(rows)})"
+        elif value.dim() == len(rows) > 1 and value.shape[-1] - rows[-1] in (-1, 1):
+            message += (
+                "; to predict the next token shift the target alone, and end it with ignore_index"
+            )
         raise ValueError(message)
 
 
@@ -150,7 +159,8 @@ def target_range(
         where = ", ".join(str(int(i)) for i in place) if value.dim() else ""
         raise IndexError(
             f"target: expected classes in [0, {num_classes}) or ignore_index={ignore_index}, "
-            f"got {int(value[tuple(place)])} at target[{where}]"
+            f"got {(found := int(value[tuple(place)]))} at target[{where}]"
+            + (f"; if it marks padding pass ignore_index={found}" if found < 0 else "")
         )
 
 
@@ -159,7 +169,8 @@ def k(value: int | None, optional: bool = True) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         kinds = "an int or None (the dense softmax)" if optional else "an int"
-        raise TypeError(f"k: expected {kinds}, got {_kind(value)}")
+        remedy = "" if isinstance(value, (bool, str)) else "; pass int(k) of a whole number"
+        raise TypeError(f"k: expected {kinds}, got {_kind(value)}{remedy}")
     if value < 1:
         raise ValueError(f"k: expected 1 <= k, got {value}")
 
@@ -218,7 +229,8 @@ def plif(num_cells: int, bound: float, init_std: float) -> None:
 
 
 def saved_bound(value: float, bound: float) -> None:
-    if value != bound:
+    # it may have passed through another dtype
+    if value not in {torch.tensor(bound, dtype=dtype).item() for dtype in LOGIT_DTYPES}:
         raise ValueError(
             f"bound: expected {bound}, that of the MonotonicPLIF which loads, got {value}"
         )
@@ -344,7 +356,10 @@ def softcap(value: float | None) -> None:
     # beyond it the arithmetic of all but float64 would see 0 or infinity
     least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not least <= value <= most:
-        raise ValueError(f"softcap: expected {least:.2g} <= softcap <= {most:.2g}, got {value}")
+        raise ValueError(
+            f"softcap: expected a positive number ({least:.2g} to {most:.2g}), or None for no cap, "
+            f"got {value}"
+        )
 
 
 def chunk_bytes(value: int | None) -> None:
@@ -496,6 +511,10 @@ def schedule(
             raise TypeError(f"{name}: expected an int, got {_kind(value)}")
         if value < least:
             raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
+    if dense_from is not None and 0 < warmup_steps >= dense_from:
+        raise ValueError(
+            f"dense_from: expected a step after warmup_steps={warmup_steps}, got {dense_from}"
+        )
 
 
 def options(value: dict[str, Any]) -> None:
@@ -535,7 +554,9 @@ def bias_of_module(value: bool) -> None:
 def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str, object]) -> None:
     """A layer of which nothing is lost where another takes its parameters."""
     if not isinstance(value, nn.Linear):
-        raise TypeError(f"linear: expected a torch.nn.Linear, got {_kind(value)}")
+        raise TypeError(
+            f"linear: expected a torch.nn.Linear, got {type(value).__module__}.{_kind(value)}"
+        )
     kind, found = type(value).__name__, None
     if type(value).forward not in forwards or "forward" in vars(value):
         found = "a forward of its own"
@@ -550,6 +571,8 @@ def plain_linear(value: nn.Linear, forwards: Sequence[object], options: dict[str
     for name in ("bias", "device", "dtype"):
         if name in options:
             raise TypeError(f"{name}: expected that of linear, got {options[name]!r}")
+    if "weight" in options:
+        raise TypeError("weight: expected that of linear; weights of classes are class_weight")
 
 
 def hidden(value: Tensor, projection: nn.Linear) -> None:
@@ -608,6 +631,8 @@ def unk(value: int | None, embedding: Tensor, ignore_index: int) -> None:
 
 def row_vectors(value: Tensor | None, output: Tensor) -> Tensor:
     """The vectors (..., D) that a head is given instead of a target, as a table (N, D)."""
+    if value is None:
+        raise TypeError("target: expected a target, or target_vectors in its place, got neither")
     if not isinstance(value, Tensor):
         raise TypeError(
             f"target_vectors: expected a torch.Tensor where there is no target, got {_kind(value)}"

@@ -54,10 +54,12 @@ class MonotonicPLIF(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """With ``w`` in the ``state_dict``: the same ``w`` on another bound is another function."""
-        return torch.tensor(self.bound, dtype=torch.float64)
+        # where it has its number, whatever the device of new tensors
+        return torch.tensor(self.bound, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        checks.saved_bound(float(state), self.bound)
+        if not state.is_meta:
+            checks.saved_bound(float(state), self.bound)
 
     def tables(self, dtype: torch.dtype, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """Slopes and offsets, (K,) each, in the dtype of the statistics of ``dtype``."""
