@@ -15,6 +15,7 @@ sparse_ce` prints.
 import copy
 import json
 import os
+import re
 import shutil
 import site
 import sys
@@ -43,7 +44,16 @@ def import_torch():
     try:
         import torch
     except ImportError:
-        for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        folders.append(site.getusersitepackages())
+        # of a virtual environment that sees those of the Python that it was made from
+        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        config = Path(sys.prefix, "pyvenv.cfg")
+        if config.exists() and re.search(
+            r"^include-system-site-packages\s*=\s*true", config.read_text(), re.M | re.I
+        ):
+            folders += [sysconfig.get_path(kind, vars=base) for kind in ("purelib", "platlib")]
+        for folder in dict.fromkeys(folders):
             site.addsitedir(folder)
         try:
             import torch
@@ -61,7 +71,8 @@ def extension_and_command():
         return (
             None,
             build_ext,
-            "torch was not installed when sparse_ce was: install torch, then sparse_ce again",
+            "the build found no torch: install torch, then sparse_ce again; where it is installed, "
+            "with --no-build-isolation",
         )
     compiler = os.environ.get("CXX") or next(
         filter(shutil.which, ("c++", "g++", "clang++", "cl")), None

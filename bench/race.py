@@ -361,6 +361,8 @@ class Report:
     """What was found, written after each problem, as a time limit may end the run."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("--device: expected cpu where torch sees no GPU, got cuda")
         self.device = torch.device(options.device)
         if self.device.type == "cpu":
             torch.set_num_threads(options.threads)

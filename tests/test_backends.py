@@ -345,3 +345,26 @@ def test_a_required_backend_that_is_missing_fails_the_suite(tmp_path):
         "SPARSE_CE_REQUIRE: expected to run here, cannot: abacus: the registry has no such backend"
         in done.stderr
     )
+
+
+def test_eager_in_the_place_of_kernels_is_said_once():
+    """Where the library does not load 'auto' is slower than F.cross_entropy."""
+    code = """
+import sys, warnings
+sys.modules["sparse_ce._C"] = None
+import torch
+from sparse_ce import fused_sparse_ce
+z, y = torch.randn(3, 7), torch.arange(3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fused_sparse_ce(z, y, 2, backend="eager")
+    assert not caught
+    fused_sparse_ce(z, y, 2)
+    fused_sparse_ce(z, y, 3)
+(warning,) = caught
+print(warning.filename, warning.message)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("<string> sparse_ce: without the C++ kernels backend='auto' takes")
+    assert "does not import" in run.stdout

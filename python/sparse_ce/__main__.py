@@ -26,6 +26,19 @@ def _cpu_isa() -> str:
         return str(error).partition("\n")[0]
 
 
+def _library(note: dict[str, str]) -> str:
+    if note["cpu"] == "built" and schema.NATIVE_ERROR is not None:
+        return "built, but it does not load: install sparse_ce again"
+    return note["cpu"]
+
+
+def _built_against(note: dict[str, str]) -> str:
+    if note["cpu"] != "built" or "torch" not in note:
+        return "no torch"
+    another = note["torch"] != torch.__version__
+    return f"torch {note['torch']}" + another * ", another than this one: install sparse_ce again"
+
+
 def report() -> str:
     note = schema.build_note()
     lines = [
@@ -33,9 +46,9 @@ def report() -> str:
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("triton", _version("triton")),
-        ("C++ kernels", note["cpu"]),
+        ("C++ kernels", _library(note)),
         ("CUDA kernels", note["cuda"]),
-        ("built against", f"torch {note['torch']}" if "torch" in note else "no torch"),
+        ("built against", _built_against(note)),
         ("instruction set", _cpu_isa()),
         ("threads", str(torch.get_num_threads())),
     ]

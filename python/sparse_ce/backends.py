@@ -9,6 +9,7 @@ operations of eager.py on the same device.
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -165,15 +166,29 @@ def _refusal(row: Backend, device_type: str, dtype: torch.dtype, large_k: bool) 
     return unavailable(row.name)
 
 
+@cache
+def _warn_of_eager() -> None:
+    """Once: who measures would take it for what the library is."""
+    warnings.warn(
+        "sparse_ce: without the C++ kernels backend='auto' takes tensor operations, which are "
+        f"slower than F.cross_entropy; {unavailable('cpu')}. Install sparse_ce again "
+        "(`python -m sparse_ce` shows what it finds), or ask for backend='eager'",
+        stacklevel=4,
+    )
+
+
 def resolve(name: str, device_type: str, dtype: torch.dtype, large_k: bool) -> str:
     """The backend that runs: for "auto" the first that can, a named one or an error, never another
     in its place.
     """
     if name == "auto":
         automatic = [row for row in BACKENDS if not (row.name == "triton" and device_type == "cpu")]
-        return next(
+        found = next(
             row.name for row in automatic if _refusal(row, device_type, dtype, large_k) is None
         )
+        if found == "eager" and device_type == "cpu":
+            _warn_of_eager()
+        return found
     row = next(row for row in BACKENDS if row.name == name)
     reason = _refusal(row, device_type, dtype, large_k)
     if reason is not None:
