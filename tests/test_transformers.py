@@ -5,13 +5,11 @@ model's own loss.
 import os
 import re
 import textwrap
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
-import sparse_ce
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the package transformers is missing")
@@ -24,7 +22,7 @@ CLASSES, LENGTH = 500, 20
 def shown(options: str) -> str:
     """The lines of README, with these options of the head in place of its own."""
     (block,) = re.findall(
-        r"^( {4}def forward\(self, input_ids.*?MethodType\(forward, model\)\n)", README, re.M | re.S
+        r"^( {4}import types\n.*?MethodType\(forward, model\)\n)", README, re.M | re.S
     )
     code, replaced = re.subn(
         r"k=20, \*\*options", f'{options}, reduction="sum"', textwrap.dedent(block)
@@ -41,9 +39,7 @@ def model_of(options: str | None, tied: bool) -> torch.nn.Module:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     if options is not None:
-        names = {"torch": torch, "types": types, "model": model}
-        head = {"SparseLinearCrossEntropy": sparse_ce.SparseLinearCrossEntropy}
-        exec(shown(options), names | head)
+        exec(shown(options), {"model": model})
     return model
 
 
@@ -142,6 +138,24 @@ def test_adapters(saved: list[str], tmp_path: Path) -> None:
     wanted, found = (trained(adapted(options), tmp_path) for options in (None, "k=None"))
     moved = assert_same(found, wanted, adapted(None).state_dict(), updates=3)
     assert len(moved) == 4 + len(saved)
+
+
+def test_calls() -> None:
+    """What a loop passes beside labels: as the model itself takes it."""
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH)
+    plain = model_of(None, False)
+    embedded = plain.get_input_embeddings()(ids).detach()
+    calls: tuple[dict[str, Any], ...] = (
+        {"input_ids": ids, "labels": ids},
+        {"inputs_embeds": embedded, "labels": ids},
+        {"inputs_embeds": embedded, "labels": ids, "return_dict": False},
+        {"inputs_embeds": embedded},
+        {"input_ids": ids, "return_dict": False},
+    )
+    for call in calls:
+        # all 500 of the softmax, the gradient of five
+        wanted, found = plain(**call), model_of('k=5, normalizer="full"', False)(**call)
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=0)
 
 
 def test_generate() -> None:
