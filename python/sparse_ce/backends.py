@@ -170,8 +170,8 @@ def _refusal(row: Backend, device_type: str, dtype: torch.dtype, large_k: bool) 
 def _warn_of_eager() -> None:
     """Once: who measures would take it for what the library is."""
     warnings.warn(
-        "sparse_ce: without the C++ kernels backend='auto' takes tensor operations, which are "
-        f"slower than F.cross_entropy; {unavailable('cpu')}. Install sparse_ce again "
+        "sparse_ce: without the C++ kernels backend='auto' takes tensor operations, several times "
+        f"slower; {unavailable('cpu')}. Install sparse_ce again "
         "(`python -m sparse_ce` shows what it finds), or ask for backend='eager'",
         stacklevel=4,
     )
