@@ -1,4 +1,12 @@
-"""Fused kernels for output layers with many classes."""
+"""Fused kernels for output layers with many classes.
+
+In the place of ``F.cross_entropy`` stands ``fused_sparse_ce`` (``SparseCrossEntropyLoss`` as a
+module), of an output layer and its loss ``fused_linear_sparse_ce`` (``SparseLinearCrossEntropy``),
+where its classes are sharded over ranks ``vocab_parallel_linear_sparse_ce``. ``KSchedule`` says how
+many classes to keep at a step, ``adaptive_sparse_ce`` drops those that have been learnt,
+``MonotonicPLIF`` is a learnable function of the logits, ``ContinuousOutputHead`` an output layer
+without a softmax. ``python -m sparse_ce`` shows what runs on this machine.
+"""
 
 try:
     import torch

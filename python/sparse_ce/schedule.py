@@ -9,13 +9,18 @@ class KSchedule:
     """``schedule(step)`` is the k of that step: dense, then shrinking geometrically, then ``k``, at
     the end dense again.
 
-    For ``warmup_steps`` steps all ``num_classes`` are kept; over the next ``anneal_steps`` k falls
-    from ``num_classes`` to ``k`` by the same factor per step; from there on it is ``k``, and from
-    step ``dense_from`` on ``num_classes`` again. ``k`` alone starves a network that trains from
-    scratch: only the current top k classes of a row get a gradient, and its loss falls to log k,
-    which looks like success. It never trains the probability of the tail down either: a dense end
-    of a quarter of the steps does (README, Fine-tuning). Stateless: nothing to save in a
-    checkpoint. Triton compiles a kernel once per power of two that k passes, all else never again.
+    Args:
+        num_classes: k of the dense steps.
+        k: what is left of it.
+        warmup_steps: dense steps at first.
+        anneal_steps: steps in which k falls from ``num_classes`` to ``k``, by the same factor each.
+        dense_from: the step from which on all are dense again; None: none is.
+
+    ``k`` alone starves a network that trains from scratch: only the current top k classes of a row
+    get a gradient, and its loss falls to log k, which looks like success. It never trains the
+    probability of the tail down either: a dense end of a quarter of the steps does (README, Fine-
+    tuning). Stateless: nothing to save in a checkpoint. Triton compiles a kernel once per power of
+    two that k passes, all else never again.
 
     >>> schedule = KSchedule(num_classes=2000, k=20, warmup_steps=100, anneal_steps=200)
     >>> [schedule(step) for step in (0, 99, 200, 300, 10_000)]
