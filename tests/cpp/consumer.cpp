@@ -14,25 +14,11 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "values.h"
 
 namespace cpu = sparse_ce::cpu;
 
 namespace {
-
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-double value(std::mt19937& random, int kind) {
-  const double x = std::normal_distribution<>()(random);
-  switch (kind) {
-    case 0: return x;
-    case 1: return std::round(x);                              // ties
-    case 2: return 0.0;                                        // one value
-    case 3: return x < 0 ? -0.0 : 0.0;                         // equal zeros
-    case 4: return x < 1 ? -kInfinity : x;                     // masked classes
-    default: return x > 2 ? std::copysign(kNan, x - 2.5) : x;  // NaN of both signs
-  }
-}
 
 // (value desc, index asc), NaN first
 std::vector<int32_t> order_of(const std::vector<double>& row) {
@@ -49,23 +35,6 @@ bool close(double a, double b, double tolerance) {
   return (std::isnan(a) && std::isnan(b)) || a == b ||
          std::abs(a - b) <= tolerance * std::max(1.0, std::abs(b));
 }
-
-struct Bfloat16 {
-  uint16_t bits;
-  Bfloat16() = default;
-  explicit Bfloat16(double x) {  // cut off
-    const float narrow = static_cast<float>(x);
-    uint32_t b;
-    std::memcpy(&b, &narrow, 4);
-    bits = static_cast<uint16_t>(b >> 16);
-  }
-  operator double() const {
-    const uint32_t b = uint32_t{bits} << 16;
-    float x;
-    std::memcpy(&x, &b, 4);
-    return x;
-  }
-};
 
 template <class T> int check(const cpu::Isa& isa, int64_t classes, int64_t k, int kind) {
   // of few classes a vector's lanes of rows go together, and what is left by themselves
