@@ -902,7 +902,9 @@ def test_parameters_of_other_dtypes_and_devices():
     with torch.device("meta"):
         state = odd.state_dict()
     assert not state["_extra_state"].is_meta
-    odd.load_state_dict({name: value.to("meta") for name, value in state.items()})
+    state = {name: value.to("meta") for name, value in state.items()}
+    odd.load_state_dict(state, assign=True)
+    assert odd.w.is_meta and odd.bound == 7.3
     noisy.reset_parameters()
     assert not torch.equal(copy.w, noisy.w)
 
