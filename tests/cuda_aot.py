@@ -131,6 +131,8 @@ def at_once(kernel: str) -> dict[str, int]:
     """The instructions by which a thread moves all that it has, where that takes no loop."""
     if kernel.startswith("forward_held"):
         return {"LDG.E.128": int(kernel.split()[2])}
+    if kernel.startswith("backward_together"):
+        return {"STS.128": 1, "LDS.128": 1, "STG.E.128": 1}
     return {
         "plif_forward": {"LDG.E.128": 1, "STG.E.128": 1},
         "plif_backward": {"LDG.E.128": 2, "STG.E.128": 1},
