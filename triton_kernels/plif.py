@@ -71,16 +71,15 @@ def _apply(x, slopes_ptr, offsets_ptr, bound, rate, K):
 
 @triton.jit
 def _add_to_cells(cells_ptr, cell, total, moment, inside):
-    """Adds float64, rounded towards 0. Of tiles (LANES, C) column by column, so that each lane
-    sends its own numbers: those of a tile the compiler would first deal out anew, through shared
-    memory.
+    """Of tiles (LANES, C) column by column, so that each lane sends its own numbers: those of a
+    tile the compiler would first deal out anew, through shared memory.
     """
     LANES: tl.constexpr = cell.shape[0]
     if len(cell.shape) == 1:
-        # converted here, not before: of what was split the interpreter of Triton 3.6 adds other
-        # numbers, unless an operation has laid them side by side
-        tl.atomic_add(cells_ptr + cell * 2, total.to(tl.int64), mask=inside, sem="relaxed")
-        tl.atomic_add(cells_ptr + cell * 2 + 1, moment.to(tl.int64), mask=inside, sem="relaxed")
+        # + 0: of what was split the interpreter of Triton 3.6 adds other numbers, unless an
+        # operation has laid them side by side
+        tl.atomic_add(cells_ptr + cell * 2, total + 0, mask=inside, sem="relaxed")
+        tl.atomic_add(cells_ptr + cell * 2 + 1, moment + 0, mask=inside, sem="relaxed")
     elif cell.shape[1] == 1:
         _add_to_cells(
             cells_ptr, tl.reshape(cell, [LANES]), tl.reshape(total, [LANES]),
@@ -106,7 +105,7 @@ def _add(g, x, cell, inside, cells_ptr, scale, bound, K):
     wide_bound = tl.zeros([], tl.float64) + bound
     share = (wide + wide_bound) * (K / (2 * wide_bound)) - cell
     share = tl.where(share > 0, tl.where(share < 1, share, 1.0), 0.0)
-    _add_to_cells(cells_ptr, cell, scaled, scaled * share, inside)
+    _add_to_cells(cells_ptr, cell, scaled.to(tl.int64), (scaled * share).to(tl.int64), inside)
     counts = inside & (g != 0)  # where x is -inf g may be 0
     right = counts & (x > bound)
     left = counts & ((x >= -bound) == 0)
