@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
       });
 }
 
-// Lanes of a row that is put together with others, and the bytes of those: in as many blocks as a multiprocessor has room for.
+// Lanes of a row that is put together with the others of its block, BYTES of each at most.
 constexpr int kTogetherLanes = 8;
 
 template <class T, int BYTES>

@@ -157,10 +157,11 @@ def target_range(
     if bool(wrong.any()):
         place = wrong.nonzero()[0]
         where = ", ".join(str(int(i)) for i in place) if value.dim() else ""
+        found = int(value[tuple(place)])
+        remedy = f"; if it marks padding pass ignore_index={found}" if found < 0 else ""
         raise IndexError(
             f"target: expected classes in [0, {num_classes}) or ignore_index={ignore_index}, "
-            f"got {(found := int(value[tuple(place)]))} at target[{where}]"
-            + (f"; if it marks padding pass ignore_index={found}" if found < 0 else "")
+            f"got {found} at target[{where}]{remedy}"
         )
 
 

@@ -18,9 +18,9 @@ class KSchedule:
 
     ``k`` alone starves a network that trains from scratch: only the current top k classes of a row
     get a gradient, and its loss falls to log k, which looks like success. It never trains the
-    probability of the tail down either: a dense end of a quarter of the steps does (README, Fine-
-    tuning). Stateless: nothing to save in a checkpoint. Triton compiles a kernel once per power of
-    two that k passes, all else never again.
+    probability of the tail down either: a dense end of a quarter of the steps does (README,
+    Fine-tuning). Stateless: nothing to save in a checkpoint. Triton compiles a kernel once per
+    power of two that k passes, all else never again.
 
     >>> schedule = KSchedule(num_classes=2000, k=20, warmup_steps=100, anneal_steps=200)
     >>> [schedule(step) for step in (0, 99, 200, 300, 10_000)]
