@@ -49,12 +49,20 @@ interpreter:
 emulation: $(VENV)/test
 	SPARSE_CE_EMULATE=1 SPARSE_CE_REQUIRE=cuda $(BIN)/python -m pytest -q -n $(WORKERS) tests -m interpreter
 
-# Triton's kernels as a GPU gets them, up to the PTX, which tests/ptx runs on the processor. With PTX=tests hours.
-.PHONY: ptx
+# Triton's kernels, and CUDA's by nvcc, as a GPU gets them, up to the PTX, which tests/ptx runs on the processor. With all files of
+# tests hours.
+.PHONY: ptx ptx-triton ptx-cuda
 PTX ?= tests/test_short_rows.py tests/test_reduce.py tests/test_tail.py
-ptx: $(VENV)/test
-	printf '%s\n' $(PTX) | PYTHONPATH=tests SPARSE_CE_REQUIRE=triton OMP_WAIT_POLICY=passive xargs -n 1 -P $(WORKERS) \
-	  $(BIN)/python -m pytest -q -p emulated_triton -m interpreter
+RUN_PTX = printf '%s\n' $(PTX) | PYTHONPATH=tests OMP_WAIT_POLICY=passive xargs -n 1 -P $(WORKERS) \
+  $(BIN)/python -m pytest -q -m interpreter
+ptx: ptx-triton ptx-cuda
+ptx-triton: export SPARSE_CE_REQUIRE = triton
+ptx-triton: $(VENV)/test
+	$(RUN_PTX) -p emulated_triton
+ptx-cuda: export SPARSE_CE_REQUIRE = cuda
+ptx-cuda: export SPARSE_CE_EMULATE = 1
+ptx-cuda: $(VENV)/test
+	$(RUN_PTX) -p compiled_cuda
 
 # What gpu-check selects of the CUDA kernels, on a device that tests/pretend_cuda.py pretends, whose tensors torch does not
 # reshape in inference mode. With PRETEND other tests.

@@ -3,6 +3,7 @@
 import ctypes
 import math
 from functools import cache
+from pathlib import Path
 
 import emulation
 import torch
@@ -310,9 +311,9 @@ _LAUNCHES = {
 }
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(emulation.build_kernels()))
+def opened(path: Path) -> ctypes.CDLL:
+    """The library of tests/cuda/emulated.cpp."""
+    library = ctypes.CDLL(str(path))
     tables = ("plif_tables", "plif_scale", "plif_dslopes")
     for stem in ("topk_ce", "sparse_linear", "reduce", *tables):
         getattr(library, f"{stem}_scratch_bytes").restype = ctypes.c_int64
@@ -321,6 +322,11 @@ def _library() -> ctypes.CDLL:
     for name in ("kernels_launched", *_LAUNCHES.values()):
         getattr(library, name).restype = ctypes.c_char_p
     return library
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return opened(emulation.build_kernels())
 
 
 def run(arguments: ctypes.Structure) -> None:

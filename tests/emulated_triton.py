@@ -9,41 +9,27 @@ programs and in shared memory, reads of memory that a launcher allocated and no 
 barriers and shuffles of which lanes are missing. A finding fails the run, and so does an access
 outside of the tensors or a misaligned one.
 
-EMU_SEED takes the random orders of another run, which names its own at the end. EMU_NOISE=0 lets
-approximations err by nothing, EMU_RACE=0 looks for no races and no unwritten memory.
+Options of the environment: ptx/plugin.py.
 """
 
 import dataclasses
 import os
-import secrets
 import struct
 import sys
 import tempfile
-from collections import Counter
 
 os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="emulated-triton-"))
 
-import numpy as np
-import ptx
 import torch
-from ptx import values
+from ptx import plugin
+from ptx.plugin import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 from sparse_ce import backends
-from torch.multiprocessing.reductions import StorageWeakRef
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
-TARGET = GPUTarget("cuda", int(os.environ.get("EMU_ARCH", "90")), 32)
-SEED = int(os.environ.get("EMU_SEED") or secrets.randbelow(1 << 32))
-RANDOM = np.random.default_rng(SEED)
-RACES = os.environ.get("EMU_RACE", "1") == "1"
-values.NOISE = os.environ.get("EMU_NOISE", "1") == "1"
-FINDINGS: Counter[str] = Counter()
-PROGRAMS: Counter[str] = Counter()
-COMPILED: dict[str, set[str]] = {}
-# What torch.empty and its like gave to a launcher, while it lives.
-SCRATCH: list[tuple[StorageWeakRef, ptx.Scratch]] = []
+TARGET = GPUTarget("cuda", plugin.ARCHITECTURE, 32)
 
 
 class _Utils:
@@ -97,31 +83,16 @@ def _bits(kind, value):
     return value & ((1 << width) - 1)
 
 
-def _extent(tensor, name):
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = tensor.data_ptr()
-    return ptx.Extent(begin, begin + (last + 1) * tensor.element_size(), name)
-
-
 def _unwritten(allocate):
     """What it allocates for a launcher is known to be unwritten, until a kernel writes there."""
 
     def allocate_and_note(*arguments, **options):
         tensor = allocate(*arguments, **options)
         if sys._getframe(1).f_globals.get("__name__", "").startswith("sparse_ce.triton_kernels."):
-            storage = tensor.untyped_storage()
-            # whole granules, of up to eight bytes
-            unwritten = np.ones(-(-storage.nbytes() // 8) * 8, np.uint8)
-            scratch = ptx.Scratch(storage.data_ptr(), unwritten)
-            SCRATCH[:] = [pair for pair in SCRATCH if not pair[0].expired()]
-            SCRATCH.append((StorageWeakRef(storage), scratch))
+            plugin.note_unwritten(tensor)
         return tensor
 
     return allocate_and_note
-
-
-def _living_scratch():
-    return [scratch for storage, scratch in SCRATCH if not storage.expired()]
 
 
 def _init_handles(self):
@@ -135,18 +106,13 @@ def _init_handles(self):
         given = zip(signature.items(), arguments, strict=True)
         found = [(name, kind, value) for (name, kind), value in given if kind != "constexpr"]
         extents = [
-            _extent(value, name)
+            plugin.extent_of(value, value.data_ptr(), name)
             for name, kind, value in found
             if kind.startswith("*") and value.numel() > 0
         ]
-        COMPILED.setdefault(self.src.fn.__name__, set()).add(self.hash)
         # what the compiler adds: scratch of its own, and of the profiler
         bits = [_bits(kind, value) for _, kind, value in found] + [0, 0]
-        name = ptx.launch(
-            text, (x, y, z), bits, extents, FINDINGS,
-            shared=self.metadata.shared, scratch=_living_scratch(), random=RANDOM, races=RACES,
-        )  # fmt: skip
-        PROGRAMS[name] += x * y * z
+        plugin.run(text, (x, y, z), bits, extents, shared=self.metadata.shared)
 
     self._run = run
 
@@ -169,17 +135,3 @@ def _register():
 
 
 _register()
-
-
-def pytest_sessionfinish(session):
-    if FINDINGS and session.exitstatus == 0:
-        session.exitstatus = 1
-
-
-def pytest_terminal_summary(terminalreporter):
-    for text, count in sorted(FINDINGS.items()):
-        terminalreporter.write_line(f"{count:7d} {text}")
-    kernels = {name: len(hashes) for name, hashes in COMPILED.items()}
-    terminalreporter.write_line(
-        f"EMU_SEED={SEED}; programs: {dict(PROGRAMS)}; kernels compiled: {kernels}"
-    )

@@ -4,6 +4,7 @@ A library carries a hash of all that it is made of in its name: it is compiled o
 ``python tests/emulation.py`` fails where there is no C++ compiler.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -51,13 +53,19 @@ def build(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
     for path in sorted({*headers, *sources}):
         digest.update(path.read_bytes())
     library = FOLDER / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
-    FOLDER.mkdir(exist_ok=True)
-    # the workers of one run come here at the same time
-    with (FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked():
         if not library.exists():
             _compile(command, sources, library)
     return library
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """The folder of what is compiled, to which the workers of one run come at the same time."""
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build_kernels() -> Path:

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,10 +20,11 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from ptx import machine, values
+from ptx import machine, parse, values
 
 # Registers by width: %rs of 16 bits, %r of 32, %rd of 64. Every line of a body is a source line.
 KERNEL = """
+.global .align 1 .b8 _$_str[3] = {{97, 98}};
 .visible .entry wrong(
 	.param .u64 .ptr .global .align 1 wrong_param_0,
 	.param .u32 wrong_param_1
@@ -450,6 +452,50 @@ def test_atomic_sums_of_floats():
     assert memory[0] == 64 * 1.5
 
 
+def test_counts():
+    """Of each warp the instructions that any lane runs, sectors of 32 bytes, passes over banks."""
+    memory, counts = np.zeros(64 * 32, np.uint32), ptx.Counts()
+    begin = memory.ctypes.data
+    begin += -begin % 128
+    body = """
+        @%p1 bra HALF;
+        st.shared.b32 [%r3], %r1;
+        HALF:
+        shl.b32 %r4, %r1, 4;
+        st.shared.v2.b32 [%r4+2048], {%r1, %r1};
+        shl.b32 %r4, %r1, 3;
+        st.shared.v2.b32 [%r4], {%r1, %r1};
+        ld.global.b32 %r5, [%rd2];
+        ld.global.b32 %r5, [%rd1+4];
+        shl.b32 %r4, %r1, 6;
+        cvt.u64.u32 %rd4, %r4;
+        add.s64 %rd4, %rd4, %rd1;
+        ld.global.v2.b32 {%r5, %r6}, [%rd4];
+        atom.global.add.u32 %r5, [%rd1], 1;
+    """
+    extents = [ptx.Extent(begin, begin + 64 * 64, "memory")]
+    ptx.launch(kernel(body), (3, 1, 1), [begin, 0], extents, Counter(), shared=4096, races=False,
+               counts=counts)  # fmt: skip
+    assert counts.programs == {"wrong": 3}
+
+    def of(line, space):
+        key = "wrong", f"lines.py:{line}:5", space
+        return counts.taken[key] / 3, counts.least[key] / 3
+
+    def run_by(line):
+        return counts.instructions["wrong", f"lines.py:{line}:5"] / 3
+
+    assert [run_by(n) for n in (1, 2, 5, 7)] == [2, 2, 2, 2]
+    assert of(2, "shared") == (2, 2)
+    # 16 bytes apart sixteen lanes at a time meet in every other pair of banks, 8 apart in none
+    assert of(5, "shared") == (8, 4) and of(7, "shared") == (4, 4)
+    assert of(8, "global") == (8, 8) and of(9, "global") == (2, 2)
+    assert of(13, "global") == (64, 16) and of(14, "global") == (2, 2)
+    header, first, *_ = counts.table(3)
+    assert header.startswith("wrong: 3 programs, ") and "sectors for " in header
+    assert re.match(r" +\d+\.0 .*", first)
+
+
 def test_scratch_is_written_by_an_earlier_launch():
     memory = np.zeros(64, np.uint32)
     begin = memory.ctypes.data
@@ -598,7 +644,7 @@ def test_parameters_and_places():
     [
         "sin.approx.f32 %r4, %r5;",
         "add.sat.s32 %r4, %r5, %r6;",
-        "fma.rn.bf16 %rs4, %rs5, %rs6, %rs7;",
+        "fma.rm.f64 %rd4, %rd5, %rd6, %rd7;",
         "mul.rz.f32 %r4, %r5, %r6;",
         "cvt.rz.f16.f32 %rs4, %r5;",
         "atom.global.acq_rel.add.u32 %r4, [%rd1], 1;",
@@ -748,8 +794,42 @@ def test_shifts(bits):
 @pytest.mark.parametrize("bits", [32, 64])
 def test_counted_bits(bits):
     given = np.array(edges(bits), BITS[bits])
-    found = calculate(f"popc.b{bits} {{0}}, {{1}};", 32, given)
-    assert found.tolist() == [x.bit_count() for x in edges(bits)]
+    for text, function in {
+        f"popc.b{bits}": int.bit_count,
+        f"clz.b{bits}": lambda x: bits - x.bit_length(),
+        f"bfind.shiftamt.u{bits}": lambda x: bits - x.bit_length() if x else 0xFFFFFFFF,
+    }.items():
+        found = calculate(f"{text} {{0}}, {{1}};", 32, given)
+        assert found.tolist() == [function(x) for x in edges(bits)]
+    found = calculate(f"brev.b{bits} {{0}}, {{1}};", bits, given)
+    assert found.tolist() == [int(f"{x:0{bits}b}"[::-1], 2) for x in edges(bits)]
+
+
+def test_funnel_shift():
+    given = list(itertools.product(edges(32), edges(32), [0, 1, 31, 32, 33, 2**32 - 1]))
+    low, high, by = columns(given, np.uint32, np.uint32, np.uint32)
+    found = calculate("shf.l.wrap.b32 {0}, {1}, {2}, {3};", 32, low, high, by)
+    expected = [((b << 32 | a) << (n & 31)) >> 32 & 0xFFFFFFFF for a, b, n in given]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_inserted_fields(bits):
+    """Bit by bit, as the manual describes it."""
+    where = [0, 1, 5, 31, 32, 33, 63, 64, 255, 256 + 3]
+    given = list(itertools.product(edges(bits)[::4], edges(bits)[1::4], where, where))
+
+    def inserted(a, b, position, length):
+        position, length = position & 255, length & 255
+        for i in range(min(length, bits)):
+            if position + i < bits:
+                b = b & ~(1 << position + i) | (a >> i & 1) << position + i
+        return b
+
+    a, b, position, length = columns(given, BITS[bits], BITS[bits], np.uint32, np.uint32)
+    text = f"bfi.b{bits} {{0}}, {{1}}, {{2}}, {{3}}, {{4}};"
+    found = calculate(text, bits, a, b, position, length)
+    assert found.tolist() == [inserted(*row) for row in given]
 
 
 @pytest.mark.parametrize("kind, bits", [("u", 32), ("s", 32), ("u", 64), ("s", 64)])
@@ -965,6 +1045,8 @@ def numpy_bits(rows, names):
         ("fma.rn.ftz.f32", "fma", ["f32"] * 3, "f32"),
         ("fma.rn.f64", "fma", ["f64"] * 3, "f64"),
         ("fma.rn.f32.bf16", "fma", ["bf16", "bf16", "f32"], "f32"),
+        ("fma.rn.bf16", "fma", ["bf16"] * 3, "bf16"),
+        ("fma.rn.f16", "fma", ["f16"] * 3, "f16"),
     ],
 )
 def test_one_rounding(text, operation, names, name):
@@ -981,6 +1063,31 @@ def test_one_rounding(text, operation, names, name):
     for row, bits in zip(rows, found.tolist(), strict=True):
         numbers = [number(x, of) for x, of in zip(row, names, strict=True)]
         assert bits == exact(operation, numbers, name, "ftz" in text), (text, numbers)
+
+
+def test_rounded_down():
+    rows = arguments(["f32"] * 3)
+    found = calculate("fma.rm.f32 {0}, {1}, {2}, {3};", 32, *numpy_bits(rows, ["f32"] * 3))
+    for row, bits in zip(rows, found.tolist(), strict=True):
+        numbers = [number(x, "f32") for x in row]
+        if not all(map(math.isfinite, numbers)):
+            assert bits == exact("fma", numbers, "f32")
+            continue
+        value, below = OPERATIONS["fma"](*map(Fraction, numbers)), number(bits, "f32")
+        with np.errstate(over="ignore"):
+            above = np.nextafter(np.float32(below), np.float32(np.inf)).item()
+        assert Fraction(below) <= value if math.isfinite(below) else below < 0 or value > 2**127
+        assert not math.isfinite(above) or value < Fraction(above)
+
+
+def test_saturation():
+    given = np.array([-np.inf, -1, -0.0, 0.25, 1, 1.5, np.inf, np.nan], np.float32)
+    expected = [0, 0, 0, 0.25, 1, 1, 1, 0]
+    found = calculate("cvt.sat.f32.f32 {0}, {1};", 32, given.view(np.uint32))
+    assert found.view(np.float32).tolist() == expected
+    one = np.ones_like(given).view(np.uint32)
+    found = calculate("mul.sat.f32 {0}, {1}, {2};", 32, given.view(np.uint32), one)
+    assert found.view(np.float32).tolist() == expected
 
 
 @pytest.mark.parametrize("operation", ["add", "sub", "mul", "fma"])
@@ -1073,6 +1180,16 @@ def test_comparisons_of_integers_and_predicates():
     flags = "setp.gt.f16x2 %p8|{0}, {1}, {2};"
     halves = np.array([0x3C004000, 0x40003C00, 0x7E003C00], np.uint32)
     assert calculate(flags, 1, halves, np.full(3, 0x3E003E00, np.uint32)).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+def test_comparisons_of_pairs(name):
+    rows = list(itertools.product(float_edges(name), repeat=2))
+    given = [x.view(np.uint32) for x in numpy_bits(rows, [name] * 2)]
+    for operation, compare in (("geu", lambda a, b: not a < b), ("lt", lambda a, b: a < b)):
+        found = calculate(f"set.{operation}.u32.{name}x2 {{0}}, {{1}}, {{2}};", 32, *given)
+        expected = [0xFFFF * compare(number(a, name), number(b, name)) for a, b in rows]
+        assert found.view(np.uint16).tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["f32", "f64", "f16", "bf16"])
@@ -1325,6 +1442,56 @@ def test_redux(name):
         assert memory[thread] == int(REDUCTIONS[name](group)) & 0xFFFFFFFF
 
 
+@pytest.mark.parametrize("mode", ["ballot", "any", "all"])
+def test_votes(mode):
+    """Two groups of lanes in each warp, of which the larger is of one mind in the first warp."""
+    memory = np.zeros(64, np.uint32)
+    body = f"""
+        and.b32 %r5, %r1, 3;
+        setp.eq.b32 %p5, %r5, 1;
+        selp.b32 %r6, 0x22222222, 0xdddddddd, %p5;
+        and.b32 %r7, %r1, 36;
+        setp.eq.b32 %p6, %r7, 32;
+        or.pred %p6, %p6, %p5;
+        vote.sync.{mode}.{"b32 %r8" if mode == "ballot" else "pred %p7"}, %p6, %r6;
+        {"" if mode == "ballot" else "selp.b32 %r8, 1, 0, %p7;"}
+        st.global.b32 [%rd2], %r8;
+    """
+    assert run(body, memory) == []
+    for thread in range(64):
+        group = [n for n in range(64) if n // 32 == thread // 32]
+        group = [n for n in group if (n % 4 == 1) == (thread % 4 == 1)]
+        yes = [n % 4 == 1 or n & 36 == 32 for n in group]
+        bits = sum(1 << n % 32 for n, x in zip(group, yes, strict=True) if x)
+        assert memory[thread] == {"ballot": bits, "any": any(yes), "all": all(yes)}[mode]
+
+
+def test_lanes_wait_for_each_other():
+    """A loop whose body lies in two places: who takes the one above the vote is there first."""
+    memory = np.zeros(64, np.uint32)
+    body = """
+        add.s32 %r4, %r1, 1;
+        mov.b32 %r5, 0;
+        bra.uni VOTE;
+        ABOVE:
+        shr.u32 %r4, %r4, 1;
+        VOTE:
+        setp.ne.s32 %p5, %r4, 0;
+        vote.sync.any.pred %p6, %p5, -1;
+        @!%p6 bra END;
+        add.s32 %r5, %r5, 1;
+        @%p1 bra BELOW;
+        bra.uni ABOVE;
+        BELOW:
+        shr.u32 %r4, %r4, 1;
+        bra.uni VOTE;
+        END:
+        st.global.b32 [%rd2], %r5;
+    """
+    assert run(body, memory) == []
+    assert memory.tolist() == [6] * 32 + [7] * 32
+
+
 @pytest.mark.parametrize("name", ["max.NaN.f32", "min.NaN.f32", "max.f32", "min.f32"])
 def test_redux_of_floats(name):
     rows = [[-0.0] * 31 + [0.0], [1.5, -2.5, math.nan] * 10 + [7.0, -8.0], [math.nan] * 32]
@@ -1439,3 +1606,75 @@ def test_the_plugin(tmp_path):
         rf"test_tried.py:{after}:\d+ after test_tried.py:15:\d+$",
     ]
     assert len(found) == 2 and all(map(re.search, patterns, found)), ended.stdout
+
+
+CUDA_KERNELS = r"""
+struct Given { int first; const int* from; int* to; bool wrong; };
+
+extern "C" __global__ void barrier(Given a) {
+  __shared__ int held[128];
+  __shared__ double factor;
+  if (threadIdx.x == 0) factor = a.first;
+  held[threadIdx.x] = a.from[threadIdx.x];
+  if (!a.wrong) __syncthreads();
+  a.to[threadIdx.x] = held[127 - threadIdx.x] * factor;
+}
+
+extern "C" __global__ void lanes(Given a) {
+  if (a.wrong && threadIdx.x % 32 == 7) return;
+  const unsigned odd = __ballot_sync(~0u, a.from[threadIdx.x] & 1);
+  a.to[threadIdx.x] = __popc(odd) * 64;
+}
+
+extern "C" __global__ __launch_bounds__(128) void bounds(const int* from, int* to, int n) {
+  if (threadIdx.x < n) to[threadIdx.x + n / 128] = from[threadIdx.x];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def cuda_kernels(tmp_path_factory):
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    folder = tmp_path_factory.mktemp("cuda")
+    (folder / "tried.cu").write_text(CUDA_KERNELS)
+    command = ["nvcc", "-arch=compute_90", "-lineinfo", "-ptx", "tried.cu", "-o", "tried.ptx"]
+    subprocess.run(command, cwd=folder, check=True)
+    return parse.kernels((folder / "tried.ptx").read_text())
+
+
+def run_cuda(text, *parameters, threads=128):
+    """What a kernel makes of the numbers 0 to 127, and the findings."""
+    given, found = np.arange(128, dtype=np.int32), np.full(128, -1, np.int32)
+    extents = [
+        ptx.Extent(x.ctypes.data, x.ctypes.data + x.nbytes, name)
+        for x, name in ((given, "given"), (found, "found"))
+    ]
+    findings = Counter()
+    bits = [given.ctypes.data, found.ctypes.data, *parameters]
+    if "bounds" not in text.split("(")[0]:
+        bits = [struct.pack("<i4xQQ?7x", 2, *bits)]
+    ptx.launch(text, (1, 1, 1), bits, extents, findings, threads=threads)
+    return found.tolist(), sorted(findings)
+
+
+def test_kernels_of_nvcc(cuda_kernels):
+    """Several of one text: parameters that are structures, variables of shared memory, and the
+    lines of a source file.
+    """
+    assert run_cuda(cuda_kernels["barrier"], False) == ([2 * n for n in range(127, -1, -1)], [])
+    _, found = run_cuda(cuda_kernels["barrier"], True)
+    said = "write and read by two warps without a barrier: barrier, shared memory at tried.cu:10"
+    assert f"{said} after tried.cu:7" in found and f"{said} after tried.cu:8" in found
+    assert run_cuda(cuda_kernels["lanes"], False) == ([1024] * 128, [])
+    _, (found,) = run_cuda(cuda_kernels["lanes"], True)
+    assert re.match(r"a warp of which some lanes are missing: lanes, at .* in tried.cu:15", found)
+    assert run_cuda(cuda_kernels["bounds"], 100) == ([*range(100), *[-1] * 28], [])
+    with pytest.raises(ptx.Fault, match="thread 127 accesses 4 bytes .* outside of all tensors"):
+        run_cuda(cuda_kernels["bounds"], 128)
+    with pytest.raises(ValueError, match="bounds: 160 threads, of 128"):
+        run_cuda(cuda_kernels["bounds"], 100, threads=160)
+    with pytest.raises(ValueError, match="expected a parameter of 32 bytes, got 4"):
+        ptx.launch(cuda_kernels["lanes"], (1, 1, 1), [b"1234"], [], Counter(), threads=128)
+    with pytest.raises(ValueError, match="lanes: expected .reqntid, the number of threads"):
+        ptx.launch(cuda_kernels["lanes"], (1, 1, 1), [bytes(32)], [], Counter())

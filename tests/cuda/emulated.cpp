@@ -1,4 +1,5 @@
-// The kernels of csrc/cuda, emulated, as plain functions for ctypes. Those that launch return null, or what went wrong.
+// The kernels of csrc/cuda as plain functions for ctypes, emulated or over the runtime of runtime.h. Those that launch return null,
+// or what went wrong.
 #include <exception>
 #include <string>
 
@@ -10,6 +11,9 @@
 #include "tail.h"
 #include "threshold_ce.h"
 #include "topk_ce.h"
+#ifndef SPARSE_CE_EMULATION
+#include "runtime.h"
+#endif
 
 namespace {
 

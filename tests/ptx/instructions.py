@@ -87,12 +87,12 @@ def _floats(form: Form, function: Function) -> Meaning:
         of = form.type()
     form.take("rn")
     flush = values.flushed if form.take("ftz") else None
+    saturate = values.saturated if form.take("sat") else None
 
     def compute(*bits):
         given = [*(decode(x, first) for x in bits[:-1]), decode(bits[-1], of)]
-        if flush is None:
-            return encode(function(*given), of)
-        return encode(flush(function(*map(flush, given))), of)
+        found = function(*given) if flush is None else flush(function(*map(flush, given)))
+        return encode(found if saturate is None else saturate(found), of)
 
     sources = len(form.instruction.operands) - 1
     return Meaning(compute, (first.bits,) * (sources - 1) + (of.bits,))
@@ -130,7 +130,33 @@ TABLE |= {
     "xor": _bitwise(operator.xor),
     "not": _bitwise(operator.invert),
     "popc": _bitwise(lambda a: np.bitwise_count(a).astype(np.uint32)),
+    "clz": _bitwise(values.leading_zeros),
+    "brev": _bitwise(values.reversed_bits),
+    "bfi": lambda form: Meaning(values.inserted, (form.type().bits,) * 2 + (32, 32)),
 }
+
+
+@_in_table
+def bfind(form: Form) -> Meaning:
+    """How far the highest bit is from the top, or all ones where there is none."""
+    of = form.type()
+    form.need("shiftamt")
+    if of.signed:
+        raise KeyError(of)
+    zero = np.uint32(0xFFFFFFFF)
+    return Meaning(lambda a: np.where(a == 0, zero, values.leading_zeros(a)), (of.bits,))
+
+
+@_in_table
+def shf(form: Form) -> Meaning:
+    """The upper half of two registers, the first of them below, shifted left."""
+    form.need("b32"), form.need("l"), form.need("wrap")
+
+    def shift(low, high, by):
+        both = high.astype(np.uint64) << 32 | low
+        return (both << (by & 31) >> 32).astype(np.uint32)
+
+    return Meaning(shift, (32,))
 
 
 def _product(form: Form) -> tuple[Function, Type, int]:
@@ -162,8 +188,11 @@ def mad(form: Form) -> Meaning:
 @_in_table
 def fma(form: Form) -> Meaning:
     if form.left[-1] in ("f16", "bf16", "f16x2", "bf16x2") and "f32" not in form.left:
-        raise KeyError("rounded twice")
-    return _floats(form, values.fma)
+        return _floats(form, values.fma_to_odd)
+    down = form.take("rm")
+    if down and form.left[-1] != "f32":
+        raise KeyError(form.left[-1])
+    return _floats(form, values.fma_down if down else values.fma)
 
 
 @_in_table
@@ -299,6 +328,18 @@ def setp(form: Form) -> Meaning:
 
 
 @_in_table
+def set_(form: Form) -> Meaning:
+    """All bits of what compares so, of each part."""
+    of = form.type()
+    form.need("u32")
+    part = values.UNSIGNED[16 if of.part else 32]
+    compare = _comparison(form, of)
+    return Meaning(
+        lambda a, b: np.where(compare(a, b), ~part(0), part(0)).view(np.uint32), (of.bits,)
+    )
+
+
+@_in_table
 def selp(form: Form) -> Meaning:
     bits = form.type().bits
     return Meaning(lambda a, b, which: np.where(which, a, b), (bits, bits, 1))
@@ -348,9 +389,10 @@ def cvt(form: Form) -> Meaning:
     elif source.floating and target.floating:
         if target.bits < source.bits:
             form.need("rn")
+        limit = values.saturated if form.take("sat") else lambda x: x
 
         def compute(a):
-            return encode(flush(decode(a, source)), target)
+            return encode(limit(flush(decode(a, source))), target)
 
     elif source.floating:
         how = _TO_INTEGER[form.need(*_TO_INTEGER)]
@@ -388,15 +430,13 @@ _HINTS = (
 def _space(form: Form) -> str:
     while form.take(*_HINTS):
         pass
-    return form.need("global", "shared", "shared::cta").removesuffix("::cta")
+    return form.need("global", "shared", "shared::cta", "param").removesuffix("::cta")
 
 
 @_in_table
 def ld(form: Form) -> Meaning:
     of, count = form.type(), len(form.first)
     targets = [of.bits if result == SINK else result.bits for result in form.first]
-    if form.take("param"):
-        return Meaning(lambda a: resized(resized(a, of.bits), *targets, of.signed), (64,))
     space, size, mask = _space(form), of.bits // 8, form.instruction.used_bytes
     form.take(f"v{count}")
     looked_at = [mask >> j * size & (1 << size) - 1 and form.first[j] != SINK for j in range(count)]
@@ -549,6 +589,21 @@ def shfl(form: Form) -> Meaning:
 
 
 @_in_table
+def vote(form: Form) -> Meaning:
+    form.need("sync"), form.need("pred", "b32")
+    mode = form.need("ballot", "any", "all")
+
+    def count(program, access, mine, members):
+        program.check_members(members, access)
+        here = np.zeros(program.threads, bool)
+        here[access.threads] = True
+        found = program.present(here & mine) & members
+        return {"ballot": found, "any": found != 0, "all": found == members}[mode]
+
+    return Meaning(count, (1, 32), effect=True)
+
+
+@_in_table
 def redux(form: Form) -> Meaning:
     form.need("sync")
     of, name = form.type(), form.need("add", "min", "max", "and", "or", "xor")
@@ -600,7 +655,7 @@ def _stop(what: str) -> Meaning:
         if len(access.threads):
             raise program.report.fault(what, access.place)
 
-    return Meaning(stop, (64,), effect=True, results=False)
+    return Meaning(stop, (), effect=True, results=False)
 
 
 @_in_table

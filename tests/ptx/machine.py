@@ -1,7 +1,8 @@
 """Launches of kernels: programs one after another, the lanes of each in lockstep, as NumPy arrays.
 
-Lanes that branch apart run one path at a time, those first who are furthest behind. A barrier
-opens when all lanes wait that are left; who waits elsewhere, or has left, is a finding.
+Lanes that branch apart run one path at a time, those first who are furthest behind. A shuffle waits
+for the lanes that it names, a barrier opens when all lanes wait that are left. Who waits elsewhere,
+or has left, is a finding.
 """
 
 from collections import Counter
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .counts import Counts
 from .instructions import Step, bound
-from .memory import Access, Extent, Global, Scratch, Shared
-from .parse import Instruction, Kernel, Name, Number, Operand, Register, parsed
+from .memory import Access, Extent, Global, Parameters, Scratch, Shared
+from .parse import Instruction, Kernel, Name, Number, Operand, Register, members, parsed
 from .races import Clock, Report
 from .values import UNSIGNED
 
@@ -26,8 +28,15 @@ _POISON = {8: 0xEE, 16: 0xFFEE, 32: 0xFFEEDEAD, 64: 0xFFF8DEADBEEFDEAD}
 class RegisterFile:
     """Arrays of one element for each thread: declared registers, then constants and parameters."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.threads, self.parameters = kernel.threads, kernel.parameters
+    def __init__(self, kernel: Kernel, threads: int) -> None:
+        self.threads, self.variables = threads, kernel.variables
+        # each where any of a GPU may begin
+        places = np.cumsum([0, *(-(-size // 16) * 16 for size in kernel.parameters.values())])
+        self.parameters = dict(zip(kernel.parameters, map(int, places[:-1]), strict=True))
+        self.parameter_bytes = int(places[-1])
+        self.shared: dict[str, int] = {}  # where variables lie that are looked at
+        self.shared_bytes = 0
+        self.globals: dict[str, Array] = {}
         self.arrays = [self._poison(register.bits) for register in kernel.registers]
         self.numbers: dict[tuple[int, int], int] = {}
         self.names: dict[str, int] = {}
@@ -61,9 +70,8 @@ class RegisterFile:
         if isinstance(operand, Name):
             return self._named(operand.name, bits), None
         base, offset = operand
-        if isinstance(base, Name) and base.name not in self.parameters:
-            # shared memory begins at 0
-            return self._constant(offset, 32), None
+        if isinstance(base, Name):
+            return self._constant(self._place(base.name) + offset, bits), None
         index, _ = self.source(base, bits)
         if not offset:
             return index, None
@@ -73,17 +81,43 @@ class RegisterFile:
     def _named(self, name: str, bits: int) -> int:
         if name in self.names:
             return self.names[name]
-        if name in self.parameters or name.startswith(("%ctaid.", "%nctaid.", "%ntid.")):
+        if name.startswith(("%ctaid.", "%nctaid.", "%ntid.")):
             return self._add(name, None)  # filled in by a launch
         if name.startswith("%"):
             raise KeyError(name)
-        # shared memory begins at 0, and no string of an assertion is read
-        return self._constant(0, bits)
+        return self._constant(self._place(name), bits)
+
+    def _place(self, name: str) -> int:
+        """The address of what has a name, in the memory where it is."""
+        if name in self.parameters:
+            return self.parameters[name]
+        variable = self.variables[name]
+        if variable.space == "global" and not variable.is_set:
+            if name not in self.globals:
+                self.globals[name] = np.zeros(variable.bytes, np.uint8)
+            return self.globals[name].ctypes.data
+        if variable.space == "global" or not variable.bytes:
+            # no string of an assertion is read, and what a launch gives begins at 0
+            return 0
+        if name not in self.shared:
+            self.shared[name] = -(-self.shared_bytes // variable.align) * variable.align
+            self.shared_bytes = self.shared[name] + variable.bytes
+        return self.shared[name]
 
 
 class _Block:
-    def __init__(self, steps: list[Step], end: Instruction | None, place: int, target: int) -> None:
+    def __init__(
+        self,
+        steps: list[Step],
+        end: Instruction | None,
+        place: int,
+        target: int,
+        members: int | None,
+        lines: Counter[str],
+    ) -> None:
         self.steps, self.end, self.place, self.target = steps, end, place, target
+        self.members = members  # the register of those whom a lane waits for, before it runs this
+        self.lines = lines  # how many instructions of each are here
         self.barrier = end is not None and end.opcode in ("bar", "barrier")
         self.guard = None if end is None or end.guard is None else end.guard.index
 
@@ -91,12 +125,18 @@ class _Block:
 class Translated:
     """A kernel as functions of its registers."""
 
-    def __init__(self, ptx: str) -> None:
+    def __init__(self, ptx: str, threads: int | None = None) -> None:
         kernel = parsed(ptx)
-        self.name, self.threads, self.parameters = kernel.name, kernel.threads, kernel.parameters
-        if kernel.threads % 32:
-            raise NotImplementedError(f"{kernel.name}: {kernel.threads} threads, not whole warps")
-        self.file, self.granules = RegisterFile(kernel), {"global": 8, "shared": 8}
+        self.name, self.parameters = kernel.name, kernel.parameters
+        self.threads = threads or kernel.threads
+        if self.threads is None:
+            raise ValueError(f"{kernel.name}: expected .reqntid, the number of threads")
+        if self.threads > kernel.most_threads:
+            raise ValueError(f"{kernel.name}: {self.threads} threads, of {kernel.most_threads}")
+        if self.threads % 32:
+            raise NotImplementedError(f"{kernel.name}: {self.threads} threads, not whole warps")
+        self.file = RegisterFile(kernel, self.threads)
+        self.granules = {"global": 8, "shared": 8, "param": 8}
         numbers: dict[str, int] = {}
         self.blocks = []
         for block in kernel.blocks:
@@ -106,7 +146,10 @@ class Translated:
             ]
             end = block.end
             place = numbers.setdefault(end.place if end else "?", len(numbers))
-            self.blocks.append(_Block(steps, end, place, self._target(kernel, end)))
+            waits_for = members(block.instructions[0]) if block.instructions else None
+            mask = None if waits_for is None else self.file.source(waits_for, 32)[0]
+            lines = Counter(i.place for i in (*block.instructions, *filter(None, [end])))
+            self.blocks.append(_Block(steps, end, place, self._target(kernel, end), mask, lines))
         self.places = list(numbers)
 
     @staticmethod
@@ -137,8 +180,7 @@ class Program:
         self.registers = list(kernel.file.arrays)
         for name, number in launched.items():
             if name in kernel.file.names:
-                dtype = np.uint32 if name.startswith("%") else np.uint64
-                self.registers[kernel.file.names[name]] = np.full(self.threads, number, dtype)
+                self.registers[kernel.file.names[name]] = np.full(self.threads, number, np.uint32)
         self.together: int | None = 0  # the block where all threads stand, while they do
         self.position = np.zeros(self.threads, np.int64)
         self.waiting = np.zeros(self.threads, bool)
@@ -174,8 +216,7 @@ class Program:
             return
         here = np.zeros(self.threads, bool)
         here[access.threads] = True
-        present = (self.lane_bit * here).reshape(-1, 32).sum(1, dtype=np.uint32).repeat(32)
-        missing = (members & ~present != 0) | (members & self.lane_bit == 0)
+        missing = (members & ~self.present(here) != 0) | (members & self.lane_bit == 0)
         if source is not None:
             missing |= members & self.lane_bit[source] == 0
         self._lanes_missing(here & missing, access)
@@ -189,6 +230,11 @@ class Program:
             if at == len(blocks):
                 return
             block, registers = blocks[at], self.registers
+            if self.report.counts is not None:
+                warps = self.threads // 32
+                if active is not None:
+                    warps = int(active.reshape(-1, 32).any(1).sum())
+                self.report.counts.ran(self.kernel.name, block.lines, warps)
             for step in block.steps:
                 step(self, registers, active)
             self._leave(block, at, active)
@@ -203,8 +249,20 @@ class Program:
                 return len(self.kernel.blocks), None
             self._open_barrier()
             return (self.together, None) if self.together is not None else self._next()
-        at = int(self.position[running].min())
-        return at, running & (self.position == at)
+        places = np.unique(self.position[running])
+        for at in places:
+            active = running & (self.position == at)
+            mask = self.kernel.blocks[at].members
+            if mask is not None:
+                active &= self.registers[mask] & ~self.present(active) == 0
+            if active.any():
+                return int(at), active
+        # nobody can go on: they run as if all had come, which is a finding
+        return int(places[0]), running & (self.position == places[0])
+
+    def present(self, active: Array) -> Array:
+        """For each lane a mask of the lanes of its warp that are active."""
+        return (self.lane_bit * active).reshape(-1, 32).sum(1, dtype=np.uint32).repeat(32)
 
     def _open_barrier(self) -> None:
         places = np.unique(self.position[self.waiting])
@@ -256,32 +314,44 @@ translated = lru_cache(maxsize=None)(Translated)
 def launch(
     ptx: str,
     grid: tuple[int, int, int],
-    parameters: list[int],
+    parameters: list[int | bytes],
     extents: list[Extent],
     findings: Counter[str],
     *,
+    threads: int | None = None,
     shared: int = 0,
     scratch: list[Scratch] | None = None,
     random: np.random.Generator | None = None,
     races: bool = True,
+    counts: Counts | None = None,
 ) -> str:
     """Runs a kernel, its programs in random order, and returns its name.
 
-    `parameters`: the bits of each. `extents`: the memory that it may touch. `shared`: bytes of
-    shared memory. `races`: whether to look for them. Raises Fault, or adds to `findings`.
+    `parameters`: the bits of each. `extents`: the memory that it may touch. `threads`: of a
+    program, where the kernel does not say it. `shared`: bytes of shared memory beside those that
+    it declares. `races`: whether to look for them. `counts`: what adds up what it costs. Raises
+    Fault, or adds to `findings`.
     """
-    kernel = translated(ptx)
+    kernel = translated(ptx, threads)
     if not all(1 <= n <= most for n, most in zip(grid, _LARGEST_GRID, strict=True)):
         raise ValueError(f"{kernel.name}: no GPU takes a grid of {grid}")
     random = random or np.random.default_rng(0)
-    report, clock = Report(kernel.name, kernel.places, findings), Clock(kernel.threads // 32)
+    report = Report(kernel.name, kernel.places, findings, counts)
+    clock = Clock(kernel.threads // 32)
+    if counts is not None:
+        counts.programs[kernel.name] += grid[0] * grid[1] * grid[2]
     watch = clock if races else None
+    file, granules = kernel.file, kernel.granules
+    own = [Extent(a.ctypes.data, a.ctypes.data + len(a), n) for n, a in file.globals.items()]
     memory = {
-        "global": Global(extents, scratch or [], kernel.granules["global"], watch, report),
-        "shared": Shared(shared, kernel.granules["shared"], watch, report),
+        "global": Global(extents + own, scratch or [], granules["global"], watch, report),
+        "shared": Shared(shared + file.shared_bytes, granules["shared"], watch, report),
+        "param": Parameters(file.parameter_bytes, report),
     }
-    launched = dict(zip(kernel.parameters, parameters, strict=True))
-    launched |= {f"%nctaid.{axis}": n for axis, n in zip("xyz", grid, strict=True)}
+    for (name, size), given in zip(kernel.parameters.items(), parameters, strict=True):
+        bits = given.to_bytes(8, "little")[:size] if isinstance(given, int) else given
+        memory["param"].fill(file.parameters[name], bits, size)
+    launched = {f"%nctaid.{axis}": n for axis, n in zip("xyz", grid, strict=True)}
     launched["%ntid.x"] = kernel.threads
     with np.errstate(all="ignore"):
         for number in random.permutation(grid[0] * grid[1] * grid[2]):

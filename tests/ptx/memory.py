@@ -59,7 +59,9 @@ def _offsets(width: Width, granule: int) -> Array:
 
 
 class Space:
-    """Either memory. `granule`: bytes of the narrowest access of the kernel to it."""
+    """One of the memories. `granule`: bytes of the narrowest access of the kernel to it."""
+
+    counted: str | None = None
 
     def __init__(self, granule: int, report: Report) -> None:
         self.granule, self.report = granule, report
@@ -89,15 +91,24 @@ class Space:
                 granules = (first[:, None] + offsets).ravel()
                 yield shadow, granules, np.repeat(threads, len(offsets)), chosen
 
+    def _begin(self, addresses: Array, bytes_: int, access: Access) -> None:
+        self._check(addresses, bytes_, access)
+        report = self.report
+        if report.counts is not None and self.counted is not None:
+            place = report.places[access.place]
+            report.counts.accessed(
+                report.kernel, place, self.counted, addresses, bytes_, access.threads
+            )
+
     def load(self, addresses: Array, width: Width, access: Access) -> list[Array]:
-        self._check(addresses, width.bytes, access)
+        self._begin(addresses, width.bytes, access)
         for shadow, granules, threads, _ in self._granules(addresses, width, access):
             shadow.read(granules, threads, access.place)
         words, first = self._words(addresses, width.size)
         return [words[first + j] for j in range(width.count)]
 
     def store(self, addresses: Array, width: Width, found: list[Array], access: Access) -> None:
-        self._check(addresses, width.bytes, access)
+        self._begin(addresses, width.bytes, access)
         words, first = self._words(addresses, width.size)
         unchanged = np.stack([words[first + j] == x for j, x in enumerate(found)], 1)
         unchanged = unchanged.repeat(width.size // self.granule, 1)
@@ -118,7 +129,7 @@ class Space:
         order: Array,
     ) -> Array:
         """Atomic: what was there. `order`: who comes first, if two of them meet."""
-        self._check(addresses, width.size, access)
+        self._begin(addresses, width.size, access)
         for shadow, granules, threads, _ in self._granules(addresses, width, access):
             shadow.write(granules, threads, access.place, atomic=True)
         words, at = self._words(addresses, width.size)
@@ -131,6 +142,8 @@ class Space:
 
 
 class Shared(Space):
+    counted = "shared"
+
     def __init__(self, size: int, granule: int, clock: Clock | None, report: Report) -> None:
         super().__init__(granule, report)
         self.size = size
@@ -161,6 +174,30 @@ class Shared(Space):
     def _shadows(self, addresses: Array) -> Iterator[tuple[Shadow, int, Any]]:
         if self.shadow is not None:
             yield self.shadow, 0, slice(None)
+
+
+class Parameters(Space):
+    """What a launch gives, the same for all programs."""
+
+    def __init__(self, size: int, report: Report) -> None:
+        super().__init__(1, report)
+        self.contents = np.zeros(size, np.uint8)
+        self.views = {bits // 8: self.contents.view(dtype) for bits, dtype in UNSIGNED.items()}
+
+    def fill(self, begin: int, given: bytes, size: int) -> None:
+        if len(given) != size:
+            raise ValueError(f"expected a parameter of {size} bytes, got {len(given)}")
+        self.contents[begin : begin + size] = np.frombuffer(given, np.uint8)
+
+    def _check(self, addresses: Array, bytes_: int, access: Access) -> None:
+        if (addresses & (bytes_ - 1)).any() or int(addresses.max()) + bytes_ > len(self.contents):
+            raise self.report.fault("access beyond the parameters", access.place)
+
+    def _words(self, addresses: Array, size: int) -> tuple[Array, Array]:
+        return self.views[size], addresses.astype(np.int64) // size
+
+    def _shadows(self, addresses: Array) -> Iterator[tuple[Shadow, int, Any]]:
+        return iter(())
 
 
 class _Process:
@@ -194,6 +231,8 @@ def _merged(pieces: list[Extent]) -> list[Extent]:
 
 
 class Global(Space):
+    counted = "global"
+
     def __init__(
         self,
         extents: list[Extent],

@@ -1,7 +1,8 @@
 """The text of a kernel to blocks of instructions, with their operands as registers and numbers.
 
-It reads what LLVM writes for Triton, inline assembly with registers of its own included. A register
-is its place in the register file; one that is read as two or four, `{%r1, %r2}`, is a tuple.
+It reads what LLVM writes for Triton and what nvcc writes, inline assembly with registers of its own
+included. A register is its place in the register file; one that is read as two or four,
+`{%r1, %r2}`, is a tuple.
 """
 
 import re
@@ -50,29 +51,57 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Instructions that run in a row. `end` is a branch, an exit or a barrier, or there is none."""
+    """Instructions that run in a row, the first of them alone one at which lanes of a warp wait for
+    each other. `end` is a branch, an exit or a barrier, or there is none.
+    """
 
     instructions: list[Instruction] = field(default_factory=list)
     end: Instruction | None = None
 
 
+class Variable(NamedTuple):
+    """What is declared by its name, in shared or global memory."""
+
+    space: str
+    align: int
+    bytes: int  # 0: as many as a launch gives
+    is_set: bool = False  # to what a list of numbers says
+
+
+def members(instruction: Instruction) -> Operand | None:
+    """The lanes of its warp that it waits for, where it is sure to run."""
+    name = ".".join((instruction.opcode, *instruction.modifiers))
+    met = name.startswith(_MEETINGS) and instruction.guard is None
+    return instruction.operands[-1] if met else None
+
+
 @dataclass
 class Kernel:
     name: str
-    parameters: list[str]
-    threads: int
+    parameters: dict[str, int]  # bytes of each
+    threads: int | None  # None: a launch says, up to `most_threads`
+    most_threads: int = 1024
+    variables: dict[str, Variable] = field(default_factory=dict)
     registers: list[Register] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # the block that a label stands before
 
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.S)
-_LOCATION = re.compile(r"\s*\.loc\s+.*?(?:inlined_at (\d+) (\d+) \d+)?\s*//\s*(\S+)")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\b.*?([\w$]+)(?:\[(\d+)\])?", re.S)
+_VARIABLE = re.compile(
+    r"\.(shared|global)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(\[\d*\])?\s*(=.*)?", re.S
+)
+_DECLARATION = re.compile(r"^(?:\.extern |\.visible )?(\.(?:shared|global)\s[^;]*);", re.M)
+_LOCATION = re.compile(
+    r"\s*\.loc\s+(\d+) (\d+) \d+.*?(?:inlined_at (\d+) (\d+) \d+)?\s*(?://\s*(\S+).*)?"
+)
 _FILE = re.compile(r'\.file\s+(\d+)\s+"(?:.*/)?(.+)"')
 _STATEMENT = re.compile(r"\s*(?:([{}])|([$\w]+):(?!:)|([^;]*);)\s*", re.S)
 _GUARDED = re.compile(r"@(!?)([%\w$]+)\s+(.*)", re.S)
 _RANGE = re.compile(r"([%\w$]+)<\d+>")
 _ENDS = ("bra", "ret", "exit", "bar.sync", "barrier.sync")
+_MEETINGS = ("shfl.sync", "vote.sync", "redux.sync", "bar.warp.sync")
 
 
 def parsed(ptx: str) -> Kernel:
@@ -80,20 +109,47 @@ def parsed(ptx: str) -> Kernel:
     if entry is None:
         raise ValueError("there is no kernel in this text")
     name, parameters, directives = entry.groups()
-    threads = re.search(r"\.reqntid\s+(\d+)", directives)
-    if threads is None:
-        raise ValueError(f"{name}: expected .reqntid, the number of threads")
-    names = re.findall(r"\.param\b[^,]*?([\w$]+)\s*(?:,|$)", parameters.strip())
-    return _Parser(Kernel(name, names, int(threads[1]))).run(ptx[entry.end() :])
+    threads, most = (re.search(rf"\.{kind}ntid\s+(\d+)", directives) for kind in ("req", "max"))
+    kernel = Kernel(name, _parameters(parameters), int(threads[1]) if threads else None)
+    kernel.most_threads = int(most[1]) if most else kernel.most_threads
+    for declaration in _DECLARATION.findall(ptx[: entry.start()]):
+        kernel.variables |= _variable(declaration)
+    return _Parser(kernel).run(ptx[entry.end() :])
+
+
+def kernels(ptx: str) -> dict[str, str]:
+    """The kernels of one text, each as a text of its own, by their names."""
+    entries = re.split(r"^(?=(?:\.visible |\.weak )*\.entry )", ptx, flags=re.M)[1:]
+    around = [f"{declaration};\n" for declaration in _DECLARATION.findall(ptx)]
+    files = re.findall(r"^\s*\.file\s.*\n", ptx, flags=re.M)
+    texts = ("".join((*around, entry, *files)) for entry in entries)
+    return {_ENTRY.search(text)[1]: text for text in texts}
+
+
+def _size(type_name: str, count: str | None) -> int:
+    return values.type_named(type_name).bits // 8 * int((count or "1").strip("[]") or 0)
+
+
+def _parameters(text: str) -> dict[str, int]:
+    pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
+    found = [_PARAMETER.fullmatch(piece).groups() for piece in pieces]
+    return {name: _size(type_name, count) for type_name, name, count in found}
+
+
+def _variable(text: str) -> dict[str, Variable]:
+    space, align, type_name, name, count, numbers = _VARIABLE.fullmatch(text).groups()
+    size = _size(type_name, count)
+    return {name: Variable(space, int(align or size), size, numbers is not None)}
 
 
 def _statements(body: str, files: dict[str, str]) -> Iterator[tuple[str, str]]:
     """(statement, place), up to the end of the kernel; braces and labels are statements too."""
     place, waiting, depth = "?", "", 1
     for line in body.splitlines():
-        location = _LOCATION.match(line)
+        location = _LOCATION.fullmatch(line)
         if location:
-            file, line, place = location.groups()
+            inner, inner_line, file, line, place = location.groups()
+            place = place or f"{files.get(inner, '?')}:{inner_line}"
             place += f" in {files.get(file, '?')}:{line}" if file else ""
             continue
         waiting += line.split("//")[0] + "\n"
@@ -134,7 +190,11 @@ class _Parser:
                 self._directive(text)
             elif "st.param" not in text:  # what is handed to an assertion
                 instruction = self._instruction(text, place)
-                if ".".join((instruction.opcode, *instruction.modifiers)).startswith(_ENDS):
+                name = ".".join((instruction.opcode, *instruction.modifiers))
+                if name.startswith(_MEETINGS) and block.instructions:
+                    blocks.append(block)
+                    block = Block()
+                if name.startswith(_ENDS):
                     block.end = instruction
                     blocks.append(block)
                     block = Block()
@@ -156,6 +216,8 @@ class _Parser:
                     self.scopes[-1][name] = self._new(bits)
         elif kind == ".pragma" and "used_bytes_mask" in rest:
             self.used_bytes = int(rest.strip().strip('"').split()[-1], 0)
+        elif kind == ".shared":
+            self.kernel.variables |= _variable(text)
         elif kind not in (".pragma", ".param"):
             raise NotImplementedError(f"{self.kernel.name}: {text}")
 

@@ -11,6 +11,8 @@ from collections import Counter
 
 import numpy as np
 
+from .counts import Counts
+
 Array = np.ndarray
 # of a stamp, from below: thread, flags, the number of a place, time
 _THREAD, _WARP = 0x3FF, 0x3E0
@@ -26,8 +28,10 @@ class Fault(Exception):
 class Report:
     """Names what is wrong by the kernel and its source. A finding lets the kernel go on."""
 
-    def __init__(self, kernel: str, places: list[str], findings: Counter[str]) -> None:
-        self.kernel, self.places, self.findings = kernel, places, findings
+    def __init__(
+        self, kernel: str, places: list[str], findings: Counter[str], counts: Counts | None = None
+    ) -> None:
+        self.kernel, self.places, self.findings, self.counts = kernel, places, findings, counts
 
     def finding(self, kind: str, place: int, of: str = "", earlier: int | None = None) -> None:
         after = "" if earlier is None else f" after {self.places[earlier]}"

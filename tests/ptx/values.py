@@ -141,6 +141,16 @@ def _to_odd(total: Array, error: Array) -> Array:
     return np.where(inexact, bits + np.where(away, 1, -1), bits).view(np.float64)
 
 
+def _exact_fma(a: Array, b: Array, c: Array) -> Array:
+    """Of float32, in float64 and rounded to odd."""
+    # the product is exact, and so is the error of the sum
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + addend
+    seen = total - product
+    error = (product - (total - seen)) + (addend - seen)
+    return _to_odd(total, error)
+
+
 @cache
 def _fma_of_c() -> np.ufunc:
     function = ctypes.CDLL(ctypes.util.find_library("m")).fma
@@ -152,12 +162,29 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     """a b + c rounded once, of float32 and of float64."""
     if a.dtype == np.float64:
         return _fma_of_c()(a, b, c).astype(np.float64)
-    # of float32 the product is exact in float64, and so is the error of the sum
-    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
-    total = product + addend
-    seen = total - product
-    error = (product - (total - seen)) + (addend - seen)
-    return _to_odd(total, error).astype(np.float32)
+    return _exact_fma(a, b, c).astype(np.float32)
+
+
+def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
+    """a b + c of 16-bit floats as float32, for one more rounding, to 16 bits."""
+    exact = _exact_fma(a, b, c)
+    nearest = exact.astype(np.float32)
+    bits = nearest.view(np.int32)
+    even = (bits & 1 == 0) & (nearest != exact) & np.isfinite(nearest)
+    step = np.where(np.abs(exact) > np.abs(nearest), np.int32(1), np.int32(-1))
+    return np.where(even, bits + step, bits).view(np.float32)
+
+
+def fma_down(a: Array, b: Array, c: Array) -> Array:
+    """a b + c of float32, rounded towards the lowest."""
+    exact = _exact_fma(a, b, c)
+    nearest = exact.astype(np.float32)
+    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
+def saturated(values: Array) -> Array:
+    """Between 0 and 1; NaN is 0."""
+    return np.where(np.isnan(values), 0, np.clip(values, 0, 1)).astype(values.dtype)
 
 
 def _of_nan(found: Array, a: Array, b: Array, keep_nan: bool) -> Array:
@@ -302,6 +329,30 @@ def shifted_right(a: Array, by: Array) -> Array:
     if a.dtype.kind == "i":
         return a >> inside
     return np.where(by < width, a >> inside, a.dtype.type(0))
+
+
+def leading_zeros(a: Array) -> Array:
+    width, found, rest = a.itemsize * 8, np.zeros(a.shape, np.uint32), a
+    for step in (32, 16, 8, 4, 2, 1):
+        if step < width:
+            clear = rest >> a.dtype.type(width - step) == 0
+            found += np.where(clear, np.uint32(step), np.uint32(0))
+            rest = np.where(clear, rest << a.dtype.type(step), rest)
+    return found + (a == 0)
+
+
+def reversed_bits(a: Array) -> Array:
+    octets = np.unpackbits(np.ascontiguousarray(a).view(np.uint8), bitorder="little")
+    turned = octets.reshape(len(a), -1)[:, ::-1]
+    return np.packbits(turned, axis=1, bitorder="little").view(a.dtype)[:, 0]
+
+
+def inserted(a: Array, b: Array, position: Array, length: Array) -> Array:
+    """bfi: the lowest `length` bits of a in b from `position` on."""
+    position, length, width = position & 255, length & 255, a.itemsize * 8
+    ones = np.where(length < width, shifted_left(np.ones_like(a), length) - 1, ~np.zeros_like(a))
+    mask = shifted_left(ones.astype(a.dtype), position)
+    return (b & ~mask) | (shifted_left(a, position) & mask)
 
 
 def field(a: Array, position: Array, length: Array) -> Array:
