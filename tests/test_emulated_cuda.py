@@ -137,6 +137,10 @@ def test_chosen_kernel_of_backward(classes, k, kernel):
 @pytest.mark.parametrize(
     "dtype, classes, k, threads",
     [
+        (torch.bfloat16, 256, 256, [4]),
+        (torch.float32, 129, 129, [8]),
+        (torch.bfloat16, 1024, 1024, [8]),
+        (torch.bfloat16, 1025, 1025, [32]),
         (torch.bfloat16, 4096, 4096, [32]),
         (torch.bfloat16, 4097, 4096, [1024, 256]),
         (torch.float64, 1024, 1023, [1024, 32]),
@@ -144,7 +148,7 @@ def test_chosen_kernel_of_backward(classes, k, kernel):
     ],
 )
 def test_chosen_kernels_of_threshold_ce(dtype, classes, k, threads):
-    """One more where k cuts; warps or blocks by the bytes of a row, backward as forward."""
+    """One more where k cuts; lanes or threads by the bytes of a row, backward as forward."""
     logits, target = torch.randn(3, classes).to(dtype), torch.tensor([0, 1, 2])
     emulated_cuda.launched()
     outputs = emulated_cuda.threshold_ce_fwd(logits, target, None, k, 1.0, 0.0)

@@ -47,6 +47,41 @@ def test_rows_of_a_warp_are_their_own(subject, dtype, classes, k):
     check(subject, stem, Call(logits, cases.targets(logits, k), k))
 
 
+@pytest.mark.parametrize("delta", [1.0, 0.2])
+@pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.1, False), (0.1, True)])
+@pytest.mark.parametrize("classes", [100, 257])
+def test_softmax_of_rows_of_a_warp(subject, dtype, classes, smoothing, weighted, delta):
+    """The same numbers of a row alone as beside others: some drop their rivals, some have no
+    upstream gradient, some are NaN. Values: test_kernels.py::test_delta.
+    """
+    threshold = next(stem for stem in STEMS if stem.name == "threshold_ce")
+    if subject.backend not in ("cuda", "triton"):
+        pytest.skip("there are no warps")
+    fillers = ["peaked", "random", "all_nan", "peaked", "all_minus_inf", "plus_inf", "random"]
+    logits = torch.cat([cases.logits(filler, 1, classes, dtype) for filler in fillers])
+    target = logits.nan_to_num(-100).argmax(-1)
+    target[1], target[6] = -100, classes - 1
+    weight = torch.rand(classes, dtype=Call(logits, target, 1).statistics) if weighted else None
+    call = Call(logits, target, classes, weight, smoothing).to(subject.device)
+    above = threshold.above(call, "ab")
+    above[0][3], above[1][[0, 2]] = 0, 0
+
+    def run(rows):
+        part = Call(call.logits[rows], call.target[rows], classes, call.weight, smoothing)
+        outputs = threshold.fwd(
+            part.logits, part.target, part.weight, classes, delta, smoothing, subject.backend
+        )
+        upstream = [d[rows] for d in above]
+        return *outputs, threshold.backward(part, outputs, upstream, subject.backend)
+
+    together = run(slice(None))
+    for row in (0, 5, 6):
+        for alone, found in zip(run(slice(row, row + 1)), together, strict=True):
+            here = found[row : row + 1]
+            assert torch.equal(alone.isnan(), here.isnan())
+            assert torch.equal(alone.nan_to_num(), here.nan_to_num())
+
+
 @pytest.mark.parametrize("classes, k", SIZES)
 @pytest.mark.parametrize("filler", ["random", "constant"])
 def test_who_is_left_to_the_exact_kernel(subject, short_rows, dtype, filler, classes, k):

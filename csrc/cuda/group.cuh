@@ -135,7 +135,6 @@ template <int THREADS> class Group {
 
   // Whether any group of the warp says yes, where all threads of a group say the same.
   __device__ __forceinline__ bool any_of_warp(bool yes) const {
-    static_assert(kInWarp);
     return kLanes == 32 ? yes : __any_sync(kAllLanes, yes);
   }
 
@@ -211,9 +210,9 @@ template <int THREADS> class Group {
   int turn_ = 0;
 };
 
-// The blocks of so many groups within warps, which are not none.
-template <int LANES = 32> dim3 warps_for(int64_t rows) {
-  return dim3(static_cast<unsigned>((rows - 1) / Group<LANES>::kPerBlock + 1));
+// The blocks of so many groups, which are not none.
+template <int THREADS = 32> dim3 warps_for(int64_t rows) {
+  return dim3(static_cast<unsigned>((rows - 1) / Group<THREADS>::kPerBlock + 1));
 }
 
 }  // namespace sparse_ce::cuda

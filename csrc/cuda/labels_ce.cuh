@@ -1,7 +1,7 @@
 // labels_ce in CUDA C++: several labels per row, a threshold on either side of them, the loss and its gradient. The formulas
 // and what is saved for backward stand in triton_kernels/labels_ce.py; the contract in python/sparse_ce/schema.py.
 //
-// Rows belong to warps and blocks as those of threshold_ce do. Forward reads V * (itemsize + 1) bytes per row from memory,
+// Rows belong to groups of threads as those of threshold_ce do. Forward reads V * (itemsize + 1) bytes per row from memory,
 // logits and labels once each: chunks of 16 bytes, and the labels of a chunk in one access beside it. The first look finds the
 // softmax of all classes and the extremes of either side, the second, from the cache, the sums over what is kept. Where the
 // labels of a row do not begin as its logits do, a view of these, both go one by one.
@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
     labels_forward_kernel(const LabelsForward a) {
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = group.job();
-  if (n >= a.logits.count) return;
+  const int64_t n = group.row(a.logits.count);
   const T* row = row_of<T>(a.logits, n);
   const bool* labels = a.labels + n * a.logits.classes;
   const int classes = static_cast<int>(a.logits.classes);
@@ -208,7 +207,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   for_each_edge<T>(group, whole, classes,
                    [&](int i) { kept.see(number_of(row[i]), labels[i], sides); });
   kept = together(group, kept);
-  if (group.rank != 0) return;
+  if (group.rank != 0 || group.job() >= a.logits.count) return;
 
   const S negative = sides.log_one_plus(kept.negative, sides.above_negatives);
   const S positive = sides.log_one_plus(kept.positive, sides.above_positives);
@@ -266,21 +265,22 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 }
 
 template <class T> cudaError_t forward_rows(const LabelsForward& a, cudaStream_t stream) {
-  const auto rows = static_cast<unsigned>(a.logits.count);
-  if (is_short<T>(a.logits.classes))
-    launch(labels_forward_kernel<T, 32>, warps_for(rows), 128, stream, a);
-  else
-    launch(labels_forward_kernel<T, 256>, dim3(rows), 256, stream, a);
+  by_threads<T>(a.logits.classes, [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    launch(labels_forward_kernel<T, kThreads>, warps_for<kThreads>(a.logits.count),
+           Group<kThreads>::kBlock, stream, a);
+  });
   return cudaGetLastError();
 }
 
 template <class T> cudaError_t backward_rows(const LabelsBackward& a, cudaStream_t stream) {
-  const auto rows = static_cast<unsigned>(a.logits.count);
-  if (is_short<T>(a.logits.classes))
-    launch(labels_backward_kernel<T, 32>, warps_for(rows), 128, stream, a);
-  else
-    launch(labels_backward_kernel<T, 256>,
-           dim3(rows, parts_of_gradient<T>(a.logits.count, a.logits.classes)), 256, stream, a);
+  by_threads<T>(a.logits.classes, [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    dim3 grid = warps_for<kThreads>(a.logits.count);
+    if (!Group<kThreads>::kInWarp)
+      grid.y = parts_of_gradient<T>(a.logits.count, a.logits.classes);
+    launch(labels_backward_kernel<T, kThreads>, grid, Group<kThreads>::kBlock, stream, a);
+  });
   return cudaGetLastError();
 }
 

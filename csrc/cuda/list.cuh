@@ -30,11 +30,12 @@ __device__ __forceinline__ bool is_smooth(double label_smoothing) {
   return bit_cast<int64_t>(label_smoothing) != 0;
 }
 
-// Loss, log-sum-exp and probabilities from the logits of the list, value(rank, turn) in their order, the largest of them, and
-// the target's. Its indices are there, those of a thread's own ranks at least.
-template <class S, int TURNS, int THREADS, class Value>
+// Loss, log-sum-exp and probabilities from the list, index(rank, turn) and value(rank, turn) in its order, the largest of these
+// logits, and the target's.
+template <class S, int TURNS, int THREADS, class Index, class Value>
 __device__ __forceinline__ void list_softmax(Group<THREADS>& group, const Forward& a, int64_t n,
-                                             Value value, S row_max, int64_t target, S at_target) {
+                                             Index index, Value value, S row_max, int64_t target,
+                                             S at_target) {
   const int k = static_cast<int>(a.k);
   const auto weight = static_cast<const S*>(a.weight);
   S total = 0;
@@ -63,7 +64,7 @@ __device__ __forceinline__ void list_softmax(Group<THREADS>& group, const Forwar
   if (smooth) {
     for_each_rank<0>(group, k, [&](int rank, int turn) {
       const S shifted = value(rank, turn) - row_max;
-      spread += (weight ? weight[a.indices[n * a.k + rank]] : S{1}) * (log_sum - shifted);
+      spread += (weight ? weight[index(rank, turn)] : S{1}) * (log_sum - shifted);
     });
     spread = group.sum(spread);
   }
@@ -98,11 +99,12 @@ template <class T> struct Target {
 template <class T, int TURNS, int THREADS, class Item, class First>
 __device__ __forceinline__ void finish(Group<THREADS>& group, const Forward& a, int64_t n,
                                        const Target<T>& target, Item item, First first) {
+  const auto index = [&](int rank, int turn) { return item(rank, turn).index(); };
   for_each_rank<TURNS>(group, static_cast<int>(a.k), [&](int rank, int turn) {
-    a.indices[n * a.k + rank] = item(rank, turn).index();
+    a.indices[n * a.k + rank] = index(rank, turn);
   });
   const auto value = [&](int rank, int turn) { return Order<T>::value(item(rank, turn).key()); };
-  list_softmax<StatisticOf<T>, TURNS>(group, a, n, value, Order<T>::value(first.key()),
+  list_softmax<StatisticOf<T>, TURNS>(group, a, n, index, value, Order<T>::value(first.key()),
                                       target.index, number_of(target.logit));
 }
 

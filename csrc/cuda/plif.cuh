@@ -298,8 +298,9 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, 512 / Group<THREADS>::
   for (int rank = group.rank; rank <= k; rank += THREADS)
     values[rank] = number_of(row[rank < k ? indices[rank] : y]);
   group.sync();
+  const auto index = [&](int rank, int) { return indices[rank]; };
   const auto value = [&](int rank, int) { return f(values[rank]); };
-  list_softmax<S, 0>(group, a.list, n, value, value(0, -1), target, value(k, -1));
+  list_softmax<S, 0>(group, a.list, n, index, value, value(0, -1), target, value(k, -1));
 }
 
 template <class T, int THREADS>

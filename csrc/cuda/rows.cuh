@@ -127,6 +127,20 @@ template <class T> bool is_short(int64_t classes) {
   return classes * static_cast<int64_t>(sizeof(T)) <= 8192;
 }
 
+// run(threads of a row), where the shortest share a warp: what a row costs once is then paid for eight or four of them. None of
+// up to 8 KB takes a thread more than four turns of four chunks.
+template <class T, class Run> void by_threads(int64_t classes, Run run) {
+  const int64_t bytes = classes * static_cast<int64_t>(sizeof(T));
+  if (bytes <= 512)
+    run(std::integral_constant<int, 4>{});
+  else if (bytes <= 2048)
+    run(std::integral_constant<int, 8>{});
+  else if (is_short<T>(classes))
+    run(std::integral_constant<int, 32>{});
+  else
+    run(std::integral_constant<int, 256>{});
+}
+
 // Blocks that share a row of a gradient: one, unless a GPU would idle.
 template <class T> unsigned parts_of_gradient(int64_t rows, int64_t classes) {
   const int64_t chunks = classes * static_cast<int64_t>(sizeof(T)) / 16;

@@ -1,7 +1,7 @@
 // tail in CUDA C++: the normaliser of a row, and draws from what is outside of its list. The contract, which is in integers,
 // stands in python/sparse_ce/schema.py: q of a class is floor(2^52 p).
 //
-// Rows belong to warps and blocks as those of threshold_ce do. Forward reads V * itemsize bytes per row from memory, once, for
+// A row of up to 8 KB belongs to a warp, a longer one to a block of 256 threads. Forward reads V * itemsize bytes per row from memory, once, for
 // the softmax of all classes. Draws take a second look, from the cache: it sums q by segments, and these sums stand in shared
 // memory. The list is in them at first and is subtracted afterwards, which saves a comparison per class. A draw then finds its
 // segment, and a warp goes through that again, for the class; draws ascend, so that a warp takes some that follow each other, and

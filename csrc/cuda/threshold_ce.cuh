@@ -2,8 +2,7 @@
 // gradient. The formulas and what is saved for backward stand in triton_kernels/threshold_ce.py; the contract in
 // python/sparse_ce/schema.py.
 //
-// A row of up to 8 KB belongs to a warp, a longer one to a block of 256 threads. Forward reads V * itemsize bytes per row from
-// memory, once: every thread keeps a maximum and a sum of exponentials of its own, over kInFlight chunks of 16 bytes at a time
+// Rows belong to groups of threads by their size: by_threads. Forward reads V * itemsize bytes per row from memory, once: every thread keeps a maximum and a sum of exponentials of its own, over kInFlight chunks of 16 bytes at a time
 // that are loaded before the first of them is used. Per class that is one exponential, and per kInFlight chunks one more, which
 // moves the sum to the new maximum. The threads meet when the row is over; there is no barrier in the loop. A cut, and label
 // smoothing, take a second look, from the cache. Where k cuts, a kernel of its own has found the k-th class before.
@@ -132,8 +131,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
     threshold_forward_kernel(const ThresholdForward a) {
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = group.job();
-  if (n >= a.logits.count) return;
+  const int64_t n = group.row(a.logits.count);
   const T* row = row_of<T>(a.logits, n);
   const int classes = static_cast<int>(a.logits.classes);
   const auto weight = static_cast<const S*>(a.weight);
@@ -155,30 +153,40 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
   }
   // p_target - p_i <= delta, in logarithms; the target itself whatever the rounding
   const S log_all = std::log(softmax.total);
-  const S rest = std::exp(shifted_target - log_all) - static_cast<S>(a.delta);
-  const bool near = a.delta < 1 && hit && rest > 0;
-  if (near) {
-    const S bound = log_all + std::log(rest);
-    cut.bound = bound < shifted_target ? bound : shifted_target;
+  bool near = false;
+  if (a.delta < 1) {
+    const S rest = std::exp(shifted_target - log_all) - static_cast<S>(a.delta);
+    near = hit && rest > 0;
+    if (near) {
+      const S bound = log_all + std::log(rest);
+      cut.bound = bound < shifted_target ? bound : shifted_target;
+    }
   }
 
   Look<S> look;
   look.total = softmax.total;
   look.kept = static_cast<int>(a.k);
   look.weights = S(classes);
-  if (smoothing != 0 && (weight || largest || near))
-    look = look_at(group, row, classes, row_max, cut, weight);
-  else if (smoothing != 0)
+  // lanes go together: whose row is not near takes nothing of what the others look for
+  const bool any_near = group.any_of_warp(near);
+  if (smoothing != 0 && (weight || largest || any_near)) {
+    const Look<S> found = look_at(group, row, classes, row_max, cut, weight);
+    if (weight || largest || near) look = found;
+    look.spread = found.spread;
+  } else if (smoothing != 0) {
     look.spread = spread_of_all(group, row, classes, row_max);
-  else if (near)
-    look = look_at_near(group, row, classes, row_max, cut.bound);
-  else if (largest)
+  } else if (any_near) {
+    const Look<S> found = look_at_near(group, row, classes, row_max, cut.bound);
+    if (near) look = found;
+  } else if (largest) {
     look.total = total_of_largest(group, row, classes, row_max, cut_value, cut.index);
+  }
   if (near) cut_value = look.least;
-  if (group.rank != 0) return;
+  if (group.rank != 0 || group.job() >= a.logits.count) return;
 
+  S log_sum = look.total == softmax.total ? log_all : std::log(look.total);
   // a row of only minus infinity; beside NaN a cut may leave nothing
-  const S log_sum = look.total == 0 ? kNan<S> : std::log(look.total);
+  if (look.total == 0) log_sum = kNan<S>;
   S loss = kNan<S>;
   if (hit) {
     // the maximum has left both terms before they meet
@@ -201,12 +209,11 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
     threshold_backward_kernel(const ThresholdBackward a) {
   using S = StatisticOf<T>;
   GROUP_MEMORY(THREADS, group);
-  const int64_t n = group.job();
-  if (n >= a.logits.count) return;
+  const int64_t n = group.row(a.logits.count);
   const T* row = row_of<T>(a.logits, n);
   const int classes = static_cast<int>(a.logits.classes), kept = a.kept[n];
   T* out = static_cast<T*>(a.dlogits) + n * a.logits.classes;
-  const Slice slice = slice_of(out, classes);
+  const Slice slice = group.job() < a.logits.count ? slice_of(out, classes) : Slice{};
   const auto weight = static_cast<const S*>(a.weight);
   const S smoothing = static_cast<S>(a.label_smoothing);
   const S row_max = static_cast<const S*>(a.row_max)[n];
@@ -226,9 +233,10 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
   const S at_target = dloss * (1 - smoothing) * (weight && hit ? weight[target] : S{1});
   const S share = smoothing == 0 ? S{0} : dloss * (smoothing / kept);
   S factor = at_target + (a.dlse ? static_cast<const S*>(a.dlse)[n] : S{0});
-  if (share != 0)
-    factor +=
-        share * (weight ? look_at(group, row, classes, row_max, cut, weight).weights : S(kept));
+  S weights = S(kept);
+  if (weight && group.any_of_warp(share != 0))
+    weights = look_at(group, row, classes, row_max, cut, weight).weights;
+  if (share != 0) factor += share * weights;
 
   const auto probability = [&](S z) { return exp_nonpositive((z - row_max) - log_sum); };
   const auto gradient = [&](int i) {
@@ -263,20 +271,22 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 template <class T> cudaError_t forward_rows(const ThresholdForward& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.logits.count);
   if (a.k < a.logits.classes) launch(threshold_select_kernel<T, 1024>, dim3(rows), 1024, stream, a);
-  if (is_short<T>(a.logits.classes))
-    launch(threshold_forward_kernel<T, 32>, warps_for(rows), 128, stream, a);
-  else
-    launch(threshold_forward_kernel<T, 256>, dim3(rows), 256, stream, a);
+  by_threads<T>(a.logits.classes, [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    launch(threshold_forward_kernel<T, kThreads>, warps_for<kThreads>(rows),
+           Group<kThreads>::kBlock, stream, a);
+  });
   return cudaGetLastError();
 }
 
 template <class T> cudaError_t backward_rows(const ThresholdBackward& a, cudaStream_t stream) {
-  const auto rows = static_cast<unsigned>(a.logits.count);
-  if (is_short<T>(a.logits.classes))
-    launch(threshold_backward_kernel<T, 32>, warps_for(rows), 128, stream, a);
-  else
-    launch(threshold_backward_kernel<T, 256>,
-           dim3(rows, parts_of_gradient<T>(a.logits.count, a.logits.classes)), 256, stream, a);
+  by_threads<T>(a.logits.classes, [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    dim3 grid = warps_for<kThreads>(a.logits.count);
+    if (!Group<kThreads>::kInWarp)
+      grid.y = parts_of_gradient<T>(a.logits.count, a.logits.classes);
+    launch(threshold_backward_kernel<T, kThreads>, grid, Group<kThreads>::kBlock, stream, a);
+  });
   return cudaGetLastError();
 }
 
