@@ -277,8 +277,7 @@ template <class T> cudaError_t backward_rows(const LabelsBackward& a, cudaStream
   by_threads<T>(a.logits.classes, [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value;
     dim3 grid = warps_for<kThreads>(a.logits.count);
-    if (!Group<kThreads>::kInWarp)
-      grid.y = parts_of_gradient<T>(a.logits.count, a.logits.classes);
+    if (!Group<kThreads>::kInWarp) grid.y = parts_of_gradient<T>(a.logits.count, a.logits.classes);
     launch(labels_backward_kernel<T, kThreads>, grid, Group<kThreads>::kBlock, stream, a);
   });
   return cudaGetLastError();

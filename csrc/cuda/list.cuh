@@ -100,9 +100,8 @@ template <class T, int TURNS, int THREADS, class Item, class First>
 __device__ __forceinline__ void finish(Group<THREADS>& group, const Forward& a, int64_t n,
                                        const Target<T>& target, Item item, First first) {
   const auto index = [&](int rank, int turn) { return item(rank, turn).index(); };
-  for_each_rank<TURNS>(group, static_cast<int>(a.k), [&](int rank, int turn) {
-    a.indices[n * a.k + rank] = index(rank, turn);
-  });
+  for_each_rank<TURNS>(group, static_cast<int>(a.k),
+                       [&](int rank, int turn) { a.indices[n * a.k + rank] = index(rank, turn); });
   const auto value = [&](int rank, int turn) { return Order<T>::value(item(rank, turn).key()); };
   list_softmax<StatisticOf<T>, TURNS>(group, a, n, index, value, Order<T>::value(first.key()),
                                       target.index, number_of(target.logit));

@@ -51,8 +51,8 @@ void launch_by(Launcher wanted) { launcher = wanted; }
 void** __cudaRegisterFatBinary(void* binary) { return static_cast<void**>(binary); }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*, uint3*,
-                            dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*,
+                            uint3*, dim3*, dim3*, int*) {
   kernels()[host] = device;
 }
 
