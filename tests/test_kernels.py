@@ -60,6 +60,15 @@ def test_one_class(subject, stem, filler):
     check(subject, stem, Call(logits, cases.targets(logits, 1), 1))
 
 
+@pytest.mark.parametrize("k", [3, 5, 9, 12, 14])
+def test_nan_comes_before_infinity(subject, stem, dtype, k):
+    """Five of the one and seven of the other: a cut among either, at their ends, and behind."""
+    logits = cases.logits("random", min(3, ROWS), 203, dtype)
+    logits[:, 7:203:40], logits[:, 3:203:30] = math.nan, math.inf
+    assert logits[0].isnan().sum() == 5 and logits[0].isposinf().sum() == 7
+    check(subject, stem, Call(logits, cases.targets(logits, k), k))
+
+
 def test_sizes(subject, stem, dtype, size):
     classes, k = size
     fillers = ("random", "ties", "peaked", "99_percent_minus_inf", "constant")[
