@@ -491,9 +491,14 @@ def test_counts():
     assert of(5, "shared") == (8, 4) and of(7, "shared") == (4, 4)
     assert of(8, "global") == (8, 8) and of(9, "global") == (2, 2)
     assert of(13, "global") == (64, 16) and of(14, "global") == (2, 2)
-    header, first, *_ = counts.table(3)
-    assert header.startswith("wrong: 3 programs, ") and "sectors for " in header
-    assert re.match(r" +\d+\.0 .*", first)
+    header, *lines = counts.table(20)
+    assert re.fullmatch(
+        r"wrong: 3 programs; a program: \d+\.0 instructions, 76\.0 sectors \(28\.0\), "
+        r"14\.0 passes \(10\.0\)",
+        header,
+    )
+    assert "           2.0 lines.py:13:5, 64.0 sectors (16.0)" in lines
+    assert "a row: " in counts.table(0, 6)[0]
 
 
 def test_scratch_is_written_by_an_earlier_launch():
@@ -1606,6 +1611,20 @@ def test_the_plugin(tmp_path):
         rf"test_tried.py:{after}:\d+ after test_tried.py:15:\d+$",
     ]
     assert len(found) == 2 and all(map(re.search, patterns, found)), ended.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton")
+def test_a_profile():
+    command = [sys.executable, "tests/profiled.py", "triton", "topk_ce", "bfloat16", "100", "20"]
+    ended = subprocess.run(
+        [*command, "--rows", "8", "--lines", "2"],
+        cwd=Path(__file__).parents[1], env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    table = ended.stdout.splitlines()
+    assert len(table) == 6 and re.match(r"_few_kernel: \d+ programs; a row: \d+\.\d ", table[0])
+    assert all(re.match(r" +\d+\.\d \w+\.py:\d+:\d+", table[n]) for n in (1, 2, 4, 5))
 
 
 CUDA_KERNELS = r"""

@@ -56,34 +56,29 @@ class Counts:
         for place, count in lines.items():
             self.instructions[kernel, place] += count * warps
 
-    def table(self, lines: int = 0) -> list[str]:
-        """For each kernel a line, and those of its source that cost most."""
+    def table(self, lines: int = 0, rows: int | None = None) -> list[str]:
+        """For each kernel a line, and those of its source that cost most: of a program, or of a row
+        where all launches had so many.
+        """
         found = []
         for kernel, programs in sorted(self.programs.items()):
-            found.append(f"{kernel}: {programs} programs, {self._sums(kernel, programs)}")
+            of, each = ("program", programs) if rows is None else ("row", rows)
             places = Counter(
                 {place: n for (name, place), n in self.instructions.items() if name == kernel}
             )
+            taken = self._taken(kernel, list(places), each)
+            total = places.total() / each
+            found.append(f"{kernel}: {programs} programs; a {of}: {total:.1f} instructions{taken}")
             for place, count in places.most_common(lines):
-                found.append(f"    {count / programs:10.1f} {place}{self._accesses(kernel, place)}")
+                taken = self._taken(kernel, [place], each)
+                found.append(f"    {count / each:10.1f} {place}{taken}")
         return found
 
-    def _sums(self, kernel: str, programs: int) -> str:
-        total = sum(n for (name, _), n in self.instructions.items() if name == kernel)
-        text = f"{total / programs:.1f} instructions of warps each"
-        for space, unit in (("global", "sectors"), ("shared", "passes")):
-            taken, least = (
-                sum(n for (name, _, s), n in counts.items() if (name, s) == (kernel, space))
-                for counts in (self.taken, self.least)
-            )
-            if taken:
-                text += f", {taken / programs:.1f} {unit} for {least / programs:.1f}"
-        return text
-
-    def _accesses(self, kernel: str, place: str) -> str:
+    def _taken(self, kernel: str, places: list[str], each: int) -> str:
         text = ""
-        for space in ("global", "shared"):
-            key = kernel, place, space
-            if key in self.taken:
-                text += f", {space} {self.taken[key]} for {self.least[key]}"
+        for space, unit in (("global", "sectors"), ("shared", "passes")):
+            keys = [(kernel, place, space) for place in places]
+            taken, least = (sum(of[key] for key in keys) for of in (self.taken, self.least))
+            if taken:
+                text += f", {taken / each:.1f} {unit} ({least / each:.1f})"
         return text

@@ -2,8 +2,8 @@
 
 EMU_SEED takes the random orders of another run, which names its own at the end. EMU_NOISE=0 lets
 approximations err by nothing, EMU_RACE=0 looks for no races and no unwritten memory. EMU_ARCH is
-what is compiled for, 90. EMU_COUNTS=8 adds what each kernel cost, and its eight lines that cost
-most.
+what is compiled for, 90. EMU_COUNTS=8 adds what a program of each kernel cost, and its
+eight lines that cost most; profiled.py has it for a call.
 """
 
 import os
@@ -26,8 +26,8 @@ RACES = os.environ.get("EMU_RACE", "1") == "1"
 values.NOISE = os.environ.get("EMU_NOISE", "1") == "1"
 
 _random = np.random.default_rng(SEED)
-_lines = os.environ.get("EMU_COUNTS")
-_counts = Counts() if _lines else None
+LINES = os.environ.get("EMU_COUNTS")
+COUNTS = Counts() if LINES else None
 _findings: Counter[str] = Counter()
 _programs: Counter[str] = Counter()
 _texts: dict[str, set[str]] = {}
@@ -63,7 +63,7 @@ def run(
     scratch = [piece for storage, piece in _scratch if not storage.expired()]
     name = launch(
         text, grid, parameters, extents, _findings,
-        scratch=scratch, random=_random, races=RACES, counts=_counts, **options,
+        scratch=scratch, random=_random, races=RACES, counts=COUNTS, **options,
     )  # fmt: skip
     _programs[name] += grid[0] * grid[1] * grid[2]
     _texts.setdefault(name, set()).add(text)
@@ -75,7 +75,7 @@ def pytest_sessionfinish(session: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for line in _counts.table(int(_lines)) if _counts and _lines else ():
+    for line in COUNTS.table(int(LINES)) if COUNTS and LINES else ():
         terminalreporter.write_line(line)
     for text, count in sorted(_findings.items()):
         terminalreporter.write_line(f"{count:7d} {text}")
