@@ -25,6 +25,7 @@ import emulation
 import ptx
 import torch
 from ptx import parse, plugin
+from ptx.machine import translated
 from ptx.plugin import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 _SPEC = importlib.util.spec_from_file_location("nvcc", emulation.KERNELS / "nvcc.py")
@@ -104,7 +105,7 @@ _errors: list[BaseException] = []
 def _launch(name: bytes, x: int, y: int, z: int, threads: int, parameters: Any) -> int:
     try:
         text = _kernels()[name.decode()]
-        sizes = parse.parsed(text).parameters.values()
+        sizes = translated(text, threads).parameters.values()
         bits = [ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes)]
         plugin.run(text, (x, y, z), bits, _given, threads=threads)
     except BaseException as error:
