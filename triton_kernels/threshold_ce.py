@@ -58,57 +58,43 @@ def _is_kept(key, at, cut_key, cut_index):
 
 @triton.jit
 def _around(
-    x, at, inside, cut_key, probe, others, above, below, AXIS: tl.constexpr, TIES: tl.constexpr,
+    x, at, inside, cut_key, probe, count, above, below, AXIS: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
+    key = value_key(x)
     if TIES:
-        z = x.to(tl.float32)
-        is_nan = cut_key > infinity_key(x.dtype)
-        number, exists = -at, inside & ((z == key_value(cut_key, x.dtype)) | ((z != z) & is_nan))
-        reaches = exists & (number >= probe)
-        other = exists & (number < probe)
-        LIMIT: tl.constexpr = 0x7FFFFFFF
+        number, exists = -at, inside & (key == cut_key)
     else:
-        # floats are compared in half as many instructions as keys; NaN is neither
-        number = x.to(tl.float32)
-        reaches, other = number >= probe, number < probe
-        LIMIT: tl.constexpr = float("inf")
-    others += tl.sum(other.to(tl.int32), AXIS)
-    above = tl.minimum(above, tl.min(tl.where(reaches, number, LIMIT), AXIS))
-    below = tl.maximum(below, tl.max(tl.where(other, number, -LIMIT), AXIS))
-    return others, above, below
+        number, exists = key, tl.broadcast_to(inside, x.shape)
+    reaches = exists & (number >= probe)
+    count += tl.sum(reaches.to(tl.int32), AXIS)
+    above = tl.minimum(above, tl.min(tl.where(reaches, number, 0x7FFFFFFF), AXIS))
+    others = exists & (number < probe)
+    below = tl.maximum(below, tl.max(tl.where(others, number, -0x7FFFFFFF), AXIS))
+    return count, above, below
 
 
 @triton.jit
 def _look_around(
-    row_ptr, head, chunks, V, cut_key, probe, all_numbers, LANES: tl.constexpr, C: tl.constexpr,
+    row_ptr, head, chunks, V, cut_key, probe, LANES: tl.constexpr, C: tl.constexpr,
     ALIGNED: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
-    """Of some numbers of a row, its keys, where NaN is as +inf, or with TIES the indices, negative,
-    of the classes whose key is `cut_key`: how many of all reach `probe`, the least of these, and
-    the largest of the others.
+    """Of some numbers of a row, its keys, or with TIES the indices, negative, of the classes whose
+    key is `cut_key`: how many reach `probe`, the least of these, and the largest of the others.
     """
-    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
-    others = tl.zeros([LANES], tl.int32)
-    if TIES:
-        above = tl.full([LANES], 0x7FFFFFFF, tl.int32)
-    else:
-        above = tl.full([LANES], float("inf"), tl.float32)
-        probe = key_value(probe, DTYPE)
+    count = tl.zeros([LANES], tl.int32)
+    above = tl.full([LANES], 0x7FFFFFFF, tl.int32)
     below = -above
     for first in tl.range(0, chunks, LANES):
-        # NaN in place of what is not there: it is no tie, reaches nothing, and is not below either
-        x, at, inside = tile(row_ptr, head, first, chunks, float("nan"), LANES, C)
-        others, above, below = _around(x, at, inside, cut_key, probe, others, above, below, 1, TIES)
-    others, above, below = tl.sum(others, 0), tl.min(above, 0), tl.max(below, 0)
+        x, at, inside = tile(row_ptr, head, first, chunks, float("-inf"), LANES, C)
+        count, above, below = _around(x, at, inside, cut_key, probe, count, above, below, 1, TIES)
+    count, above, below = tl.sum(count, 0), tl.min(above, 0), tl.max(below, 0)
     if not ALIGNED:
         at_edge, here = edges(head, chunks, V, C)
-        x_edge = tl.load(row_ptr + at_edge, mask=here, other=float("nan"))
-        others, above, below = _around(
-            x_edge, at_edge, here, cut_key, probe, others, above, below, 0, TIES
+        x_edge = tl.load(row_ptr + at_edge, mask=here, other=float("-inf"))
+        count, above, below = _around(
+            x_edge, at_edge, here, cut_key, probe, count, above, below, 0, TIES
         )
-    if not TIES:
-        above, below = value_key(above.to(DTYPE)), value_key(below.to(DTYPE))
-    return all_numbers - others, above, below
+    return count, above, below
 
 
 @triton.jit
@@ -123,7 +109,7 @@ def _largest(
     the row. Where that has not halved their distance the next look is nearer to the middle.
     """
     exceed = tl.zeros([], tl.int32)
-    slow, all_numbers = exceed, reach
+    slow = exceed
     while low < high:
         distance = (high - low).to(tl.uint32, bitcast=True)
         share = ((k - exceed).to(tl.float32) - 0.5) / (reach - exceed).to(tl.float32)
@@ -131,7 +117,7 @@ def _largest(
         down = tl.minimum((share * distance.to(tl.float32)).to(tl.uint32), distance - 1)
         count, above, below = _look_around(
             row_ptr, head, chunks, V, cut_key, high - down.to(tl.int32, bitcast=True),
-            all_numbers, LANES, C, ALIGNED, TIES,
+            LANES, C, ALIGNED, TIES,
         )  # fmt: skip
         enough = count >= k
         low = tl.where(enough, above, low)
@@ -144,43 +130,14 @@ def _largest(
 
 
 @triton.jit
-def _number_of_nan(
-    row_ptr, head, chunks, V, LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr
-):
-    NAN: tl.constexpr = infinity_key(row_ptr.dtype.element_ty) + 1
-    count = tl.zeros([LANES], tl.int32)
-    for first in tl.range(0, chunks, LANES):
-        x, _, _ = tile(row_ptr, head, first, chunks, 0.0, LANES, C)
-        count += tl.sum((value_key(x) == NAN).to(tl.int32), 1)
-    count = tl.sum(count, 0)
-    if not ALIGNED:
-        at, inside = edges(head, chunks, V, C)
-        x = tl.load(row_ptr + at, mask=inside, other=0.0)
-        count += tl.sum((value_key(x) == NAN).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
-def _kth(
-    row_ptr, head, chunks, V, row_max, k, LANES: tl.constexpr, C: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
+def _kth(row_ptr, head, chunks, V, k, LANES: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
     """Key and index of the k-th class in the order (value desc, index asc)."""
-    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
-    INFINITY: tl.constexpr = infinity_key(DTYPE)
-    lowest = tl.full([], -INFINITY, tl.int32)
-    highest = tl.minimum(value_key(row_max.to(DTYPE)), INFINITY)
+    HIGH: tl.constexpr = infinity_key(row_ptr.dtype.element_ty) + 1
+    highest = tl.full([], HIGH, tl.int32)
     key, exceed, reach = _largest(
-        row_ptr, head, chunks, V, 0, lowest, highest, tl.full([], V, tl.int32), k,
+        row_ptr, head, chunks, V, 0, -highest, highest, tl.full([], V, tl.int32), k,
         LANES, C, ALIGNED, False,
     )  # fmt: skip
-    if (key == INFINITY) & (row_max != row_max):
-        # NaN comes before +inf
-        nans = _number_of_nan(row_ptr, head, chunks, V, LANES, C, ALIGNED)
-        is_nan = nans >= k
-        key = tl.where(is_nan, INFINITY + 1, key)
-        exceed = tl.where(is_nan, 0, nans)
-        reach = tl.where(is_nan, nans, reach)
     missing, ties = k - exceed, reach - exceed
     # of ties that are all kept nobody asks which is the last
     last = tl.where(ties == missing, 1 - V, 0)
@@ -300,7 +257,7 @@ def _fwd_kernel(
     bound = cut
     weights, spread = cut, cut
     if KEEP == LARGEST:
-        cut_key, cut_index = _kth(row_ptr, head, chunks, V, row_max, k, LANES, C, ALIGNED)
+        cut_key, cut_index = _kth(row_ptr, head, chunks, V, k, LANES, C, ALIGNED)
         cut = key_value(cut_key, DTYPE)
     if KEEP == NEAR:
         log_all = tl.log(total)
