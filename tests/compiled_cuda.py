@@ -11,7 +11,6 @@ and options of the environment, are those of Triton's kernels: emulated_triton.p
 """
 
 import ctypes
-import hashlib
 import importlib.util
 import subprocess
 import tempfile
@@ -39,14 +38,6 @@ _LAUNCHER = ctypes.CFUNCTYPE(
 )
 
 
-def _folder(flags: list[str]) -> Path:
-    digest = hashlib.sha256(" ".join(flags).encode())
-    headers = [*emulation.KERNELS.glob("*.*h"), *emulation.HEADERS.glob("*.h")]
-    for path in (*sorted(headers), *_SOURCES, *_HOST):
-        digest.update(path.read_bytes())
-    return emulation.FOLDER / f"compiled-{digest.hexdigest()[:16]}"
-
-
 def _compile(compiler: str, flags: list[str], source: Path, folder: Path) -> None:
     """An object for the host, and the PTX beside it."""
     with tempfile.TemporaryDirectory(dir=folder) as kept:
@@ -63,7 +54,8 @@ def _build() -> Path:
     number = plugin.ARCHITECTURE
     flags = [*nvcc.FLAGS, "-gencode", f"arch=compute_{number},code=compute_{number}"]
     flags += [f"-I{emulation.KERNELS}", f"-I{emulation.HEADERS}"]
-    folder = _folder(flags)
+    sources = *_SOURCES, *_HOST
+    folder = emulation.FOLDER / f"compiled-{emulation.hashed(flags, sources)}"
     with emulation.locked():
         if folder.exists():
             return folder
@@ -71,12 +63,7 @@ def _build() -> Path:
         unfinished = folder.with_suffix(".tmp")
         unfinished.mkdir(exist_ok=True)
         with ThreadPoolExecutor() as pool:
-            jobs = [
-                pool.submit(_compile, compiler, flags, source, unfinished)
-                for source in (*_SOURCES, *_HOST)
-            ]
-            for job in jobs:
-                job.result()
+            list(pool.map(lambda source: _compile(compiler, flags, source, unfinished), sources))
         objects = sorted(unfinished.glob("*.o"))
         library = unfinished / "kernels.so"
         subprocess.run([compiler, "-shared", "--cudart=none", *objects, "-o", library], check=True)

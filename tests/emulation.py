@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -44,15 +44,20 @@ def _sanitizer() -> tuple[str, ...]:
     return flags if links.returncode == 0 else ()
 
 
-def build(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
-    """The shared library of these sources, each a file of C++ or CUDA."""
-    command = [*shlex.split(compiler() or "c++"), *FLAGS, *_sanitizer(), *flags]
+def hashed(command: Iterable[str], sources: Iterable[Path]) -> str:
+    """Of all that a library is made of, the headers too."""
     digest = hashlib.sha256(" ".join(command).encode())
     folders = (KERNELS.parent, KERNELS, HEADERS)
     headers = [path for folder in folders for path in folder.glob("*.*h")]
     for path in sorted({*headers, *sources}):
         digest.update(path.read_bytes())
-    library = FOLDER / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()[:16]
+
+
+def build(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
+    """The shared library of these sources, each a file of C++ or CUDA."""
+    command = [*shlex.split(compiler() or "c++"), *FLAGS, *_sanitizer(), *flags]
+    library = FOLDER / f"{sources[0].stem}-{hashed(command, sources)}.so"
     with locked():
         if not library.exists():
             _compile(command, sources, library)

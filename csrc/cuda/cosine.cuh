@@ -198,14 +198,14 @@ cudaError_t start_for(const Rows& output, const Table& table, Start start) {
 template <class T> cudaError_t forward_rows(const CosineForward& a, cudaStream_t stream) {
   return start_for<T>(a.output, a.table, [&](auto table, auto bytes) {
     launch(cosine_forward_kernel<T, decltype(table)::value, decltype(bytes)::value>,
-           warps_for(a.output.count), Group<32>::kBlock, stream, a);
+           blocks_for(a.output.count), Group<32>::kBlock, stream, a);
   });
 }
 
 template <class T> cudaError_t backward_rows(const CosineBackward& a, cudaStream_t stream) {
   return start_for<T>(a.output, a.table, [&](auto table, auto bytes) {
     launch(cosine_backward_kernel<T, decltype(table)::value, decltype(bytes)::value>,
-           warps_for(a.output.count), Group<32>::kBlock, stream, a);
+           blocks_for(a.output.count), Group<32>::kBlock, stream, a);
   });
 }
 

@@ -76,7 +76,7 @@ template <class T> cudaError_t forward_few(const Forward& a, cudaStream_t stream
   constexpr int kLanes = kFewLanes<T>, kVector = sizeof(T) == 8 ? 1 : 4;
   const auto kernel = rows_are_of<T>(a.logits, kVector) ? forward_few_kernel<T, kLanes, kVector>
                                                         : forward_few_kernel<T, kLanes, 1>;
-  launch(kernel, warps_for<kLanes>(a.logits.count), Group<kLanes>::kBlock, stream, a);
+  launch(kernel, blocks_for<kLanes>(a.logits.count), Group<kLanes>::kBlock, stream, a);
   return cudaGetLastError();
 }
 

@@ -105,14 +105,14 @@ template <class T> cudaError_t backward_rows(const Backward& a, cudaStream_t str
   if (bytes <= 1024 && a.k <= 128) {
     const auto kernel =
         bytes <= 512 ? backward_together_kernel<T, 512> : backward_together_kernel<T, 1024>;
-    launch(kernel, warps_for<kTogetherLanes>(a.count), 128, stream, a);
+    launch(kernel, blocks_for<kTogetherLanes>(a.count), 128, stream, a);
     return cudaGetLastError();
   }
   if (chunks < kPart) {
     if (chunks < kQuarter && a.k <= 128)
-      launch(backward_kernel<T, 8>, warps_for<8>(a.count), 128, stream, a, 1);
+      launch(backward_kernel<T, 8>, blocks_for<8>(a.count), 128, stream, a, 1);
     else
-      launch(backward_kernel<T, 32>, warps_for(a.count), 128, stream, a, 1);
+      launch(backward_kernel<T, 32>, blocks_for(a.count), 128, stream, a, 1);
     return cudaGetLastError();
   }
   const int64_t size = a.k * 4 > kPart ? a.k * 4 : kPart;

@@ -211,7 +211,7 @@ template <int THREADS> class Group {
 };
 
 // The blocks of so many groups, which are not none.
-template <int THREADS = 32> dim3 warps_for(int64_t rows) {
+template <int THREADS = 32> dim3 blocks_for(int64_t rows) {
   return dim3(static_cast<unsigned>((rows - 1) / Group<THREADS>::kPerBlock + 1));
 }
 

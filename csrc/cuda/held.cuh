@@ -288,7 +288,7 @@ template <class T, int LANES, int TILE, int TOP, bool STREAMS = false>
 cudaError_t launch_held(const Forward& a, cudaStream_t stream) {
   constexpr int kLanes = sizeof(T) < 8 ? LANES : TOP > 32 ? 32 : LANES < 8 ? 8 : LANES;
   constexpr int kChunks = TILE < kLanes ? 1 : TILE / kLanes;
-  launch(forward_held_kernel<T, kLanes, kChunks, TOP, STREAMS>, warps_for<kLanes>(a.logits.count),
+  launch(forward_held_kernel<T, kLanes, kChunks, TOP, STREAMS>, blocks_for<kLanes>(a.logits.count),
          Group<kLanes>::kBlock, stream, a);
   return cudaGetLastError();
 }

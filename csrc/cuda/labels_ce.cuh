@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock, resident<T>(Group<THRE
 template <class T> cudaError_t forward_rows(const LabelsForward& a, cudaStream_t stream) {
   by_threads<T>(a.logits.classes, [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value;
-    launch(labels_forward_kernel<T, kThreads>, warps_for<kThreads>(a.logits.count),
+    launch(labels_forward_kernel<T, kThreads>, blocks_for<kThreads>(a.logits.count),
            Group<kThreads>::kBlock, stream, a);
   });
   return cudaGetLastError();
@@ -276,9 +276,9 @@ template <class T> cudaError_t forward_rows(const LabelsForward& a, cudaStream_t
 template <class T> cudaError_t backward_rows(const LabelsBackward& a, cudaStream_t stream) {
   by_threads<T>(a.logits.classes, [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value;
-    dim3 grid = warps_for<kThreads>(a.logits.count);
-    if (!Group<kThreads>::kInWarp) grid.y = parts_of_gradient<T>(a.logits.count, a.logits.classes);
-    launch(labels_backward_kernel<T, kThreads>, grid, Group<kThreads>::kBlock, stream, a);
+    launch(labels_backward_kernel<T, kThreads>,
+           blocks_for_gradient<T, kThreads>(a.logits.count, a.logits.classes),
+           Group<kThreads>::kBlock, stream, a);
   });
   return cudaGetLastError();
 }

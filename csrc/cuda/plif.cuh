@@ -358,7 +358,7 @@ template <class T> cudaError_t forward_rows(const PlifCeForward& a, cudaStream_t
   const auto rows = static_cast<unsigned>(a.logits.count);
   const Link<StatisticOf<T>> f(a.f);
   if (is_short<T>(a.logits.classes))
-    launch(plif_ce_forward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
+    launch(plif_ce_forward_kernel<T, 32>, blocks_for(rows), 128, stream, a, f);
   else
     launch(plif_ce_forward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
   return cudaGetLastError();
@@ -368,10 +368,10 @@ template <class T> cudaError_t backward_rows(const PlifCeBackward& a, cudaStream
   const auto rows = static_cast<unsigned>(a.logits.count);
   const Link<StatisticOf<T>> f(a.f);
   if (is_short<T>(a.logits.classes))
-    launch(plif_ce_backward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
+    launch(plif_ce_backward_kernel<T, 32>, blocks_for(rows), 128, stream, a, f);
   else
     launch(plif_ce_backward_kernel<T, 256>,
-           dim3(rows, parts_of_gradient<T>(a.logits.count, a.logits.classes)), 256, stream, a, f);
+           blocks_for_gradient<T, 256>(a.logits.count, a.logits.classes), 256, stream, a, f);
   return cudaGetLastError();
 }
 
@@ -382,7 +382,7 @@ template <class T> cudaError_t forward_rows(const PlifTopkForward& a, cudaStream
   const auto rows = static_cast<unsigned>(a.list.logits.count);
   const ColumnLink<StatisticOf<T>> f(a.f);
   if (a.list.k <= kWarpList)
-    launch(plif_topk_forward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
+    launch(plif_topk_forward_kernel<T, 32>, blocks_for(rows), 128, stream, a, f);
   else
     launch(plif_topk_forward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
   return cudaGetLastError();
@@ -392,7 +392,7 @@ template <class T> cudaError_t backward_rows(const PlifTopkBackward& a, cudaStre
   const auto rows = static_cast<unsigned>(a.list.count);
   const ColumnLink<StatisticOf<T>> f(a.f);
   if (a.list.k <= kWarpList)
-    launch(plif_topk_backward_kernel<T, 32>, warps_for(rows), 128, stream, a, f);
+    launch(plif_topk_backward_kernel<T, 32>, blocks_for(rows), 128, stream, a, f);
   else
     launch(plif_topk_backward_kernel<T, 256>, dim3(rows), 256, stream, a, f);
   return cudaGetLastError();

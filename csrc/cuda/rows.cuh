@@ -148,4 +148,11 @@ template <class T> unsigned parts_of_gradient(int64_t rows, int64_t classes) {
   return parts < 1 ? 1 : static_cast<unsigned>(parts);
 }
 
+// Parts on y of the grid, of rows that have blocks to themselves.
+template <class T, int THREADS> dim3 blocks_for_gradient(int64_t rows, int64_t classes) {
+  dim3 grid = blocks_for<THREADS>(rows);
+  if (!Group<THREADS>::kInWarp) grid.y = parts_of_gradient<T>(rows, classes);
+  return grid;
+}
+
 }  // namespace sparse_ce::cuda

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Group<THREADS>::kBlock,
 template <class T> cudaError_t forward_rows(const Tail& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.logits.count);
   if (is_short<T>(a.logits.classes))
-    launch(tail_forward_kernel<T, 32>, warps_for(rows), 128, stream, a);
+    launch(tail_forward_kernel<T, 32>, blocks_for(rows), 128, stream, a);
   else
     launch(tail_forward_kernel<T, 256>, dim3(rows), 256, stream, a);
   return cudaGetLastError();

@@ -273,7 +273,7 @@ template <class T> cudaError_t forward_rows(const ThresholdForward& a, cudaStrea
   if (a.k < a.logits.classes) launch(threshold_select_kernel<T, 1024>, dim3(rows), 1024, stream, a);
   by_threads<T>(a.logits.classes, [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value;
-    launch(threshold_forward_kernel<T, kThreads>, warps_for<kThreads>(rows),
+    launch(threshold_forward_kernel<T, kThreads>, blocks_for<kThreads>(rows),
            Group<kThreads>::kBlock, stream, a);
   });
   return cudaGetLastError();
@@ -282,9 +282,9 @@ template <class T> cudaError_t forward_rows(const ThresholdForward& a, cudaStrea
 template <class T> cudaError_t backward_rows(const ThresholdBackward& a, cudaStream_t stream) {
   by_threads<T>(a.logits.classes, [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value;
-    dim3 grid = warps_for<kThreads>(a.logits.count);
-    if (!Group<kThreads>::kInWarp) grid.y = parts_of_gradient<T>(a.logits.count, a.logits.classes);
-    launch(threshold_backward_kernel<T, kThreads>, grid, Group<kThreads>::kBlock, stream, a);
+    launch(threshold_backward_kernel<T, kThreads>,
+           blocks_for_gradient<T, kThreads>(a.logits.count, a.logits.classes),
+           Group<kThreads>::kBlock, stream, a);
   });
   return cudaGetLastError();
 }

@@ -595,9 +595,7 @@ def vote(form: Form) -> Meaning:
 
     def count(program, access, mine, members):
         program.check_members(members, access)
-        here = np.zeros(program.threads, bool)
-        here[access.threads] = True
-        found = program.present(here & mine) & members
+        found = program.present(program.here(access) & mine) & members
         return {"ballot": found, "any": found != 0, "all": found == members}[mode]
 
     return Meaning(count, (1, 32), effect=True)

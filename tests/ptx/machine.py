@@ -214,8 +214,7 @@ class Program:
         """
         if len(access.threads) == self.threads and not (members != 0xFFFFFFFF).any():
             return
-        here = np.zeros(self.threads, bool)
-        here[access.threads] = True
+        here = self.here(access)
         missing = (members & ~self.present(here) != 0) | (members & self.lane_bit == 0)
         if source is not None:
             missing |= members & self.lane_bit[source] == 0
@@ -259,6 +258,11 @@ class Program:
                 return int(at), active
         # nobody can go on: they run as if all had come, which is a finding
         return int(places[0]), running & (self.position == places[0])
+
+    def here(self, access: Access) -> Array:
+        found = np.zeros(self.threads, bool)
+        found[access.threads] = True
+        return found
 
     def present(self, active: Array) -> Array:
         """For each lane a mask of the lanes of its warp that are active."""

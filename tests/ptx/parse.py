@@ -48,6 +48,10 @@ class Instruction:
     unless: bool = False  # runs where the guard is false
     used_bytes: int = -1  # a mask: what of a load is looked at
 
+    @property
+    def name(self) -> str:
+        return ".".join((self.opcode, *self.modifiers))
+
 
 @dataclass
 class Block:
@@ -70,8 +74,7 @@ class Variable(NamedTuple):
 
 def members(instruction: Instruction) -> Operand | None:
     """The lanes of its warp that it waits for, where it is sure to run."""
-    name = ".".join((instruction.opcode, *instruction.modifiers))
-    met = name.startswith(_MEETINGS) and instruction.guard is None
+    met = instruction.name.startswith(_MEETINGS) and instruction.guard is None
     return instruction.operands[-1] if met else None
 
 
@@ -190,11 +193,10 @@ class _Parser:
                 self._directive(text)
             elif "st.param" not in text:  # what is handed to an assertion
                 instruction = self._instruction(text, place)
-                name = ".".join((instruction.opcode, *instruction.modifiers))
-                if name.startswith(_MEETINGS) and block.instructions:
+                if instruction.name.startswith(_MEETINGS) and block.instructions:
                     blocks.append(block)
                     block = Block()
-                if name.startswith(_ENDS):
+                if instruction.name.startswith(_ENDS):
                     block.end = instruction
                     blocks.append(block)
                     block = Block()
